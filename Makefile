@@ -1,0 +1,67 @@
+# bagssl. Every target works on a fresh checkout: what is missing is set up first, into .venv.
+# Another interpreter for the set-up: make PYTHON=/path/to/python3
+
+PYTHON ?= python3
+BIN := .venv/bin
+LOCK := requirements.lock
+READY := .venv/.ready
+
+# .venv/.ready names the checkout whose complete environment this is. Without it (an interrupted set-up), in a
+# folder that was moved, or when its interpreter is gone, the environment is made anew; one that is older than
+# the lock is brought up to date.
+SOUND := $(shell [ "`cat $(READY) 2>/dev/null`" = "`pwd`" ] && $(BIN)/python -c '' 2>/dev/null && echo yes)
+
+# Wheels of hundreds of megabytes need patience; figures in notebooks need the notebook's own backend.
+export UV_HTTP_TIMEOUT ?= 300
+unexport MPLBACKEND VIRTUAL_ENV CONDA_PREFIX PYTHONHOME
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test lab notebooks lint lock clean unsound
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+reproduce: $(READY)  ## every notebook with the profile smoke, on the embedded data, into results/smoke
+	@$(BIN)/bagssl reproduce --profile smoke
+
+test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session
+	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg tests notebooks
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab notebooks
+
+notebooks: $(READY)  ## execute the committed notebooks again (profile smoke) and normalise them
+	@$(BIN)/bagssl notebooks
+
+lint: $(READY)  ## ruff
+	@$(BIN)/ruff check --no-cache .
+
+# Pins that still fit are kept; make lock UPGRADE=--upgrade takes the newest versions.
+lock: $(READY)  ## resolve requirements.lock again from pyproject.toml
+	@$(BIN)/uv pip compile pyproject.toml --extra test --extra setup --universal --python-version 3.11 \
+		--fork-strategy fewest --generate-hashes --custom-compile-command "make lock" --quiet $(UPGRADE) -o $(LOCK)
+
+clean:  ## remove .venv and what tools leave behind; data/ and results/ stay
+	@rm -rf .venv *.egg-info build .pytest_cache .hypothesis .ruff_cache
+	@find bagssl tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# uv and setuptools come from the lock, by pip and with hashes; uv then installs exactly the lock, and
+# setuptools builds what has no wheel. Compiled bytecode spares each kernel seconds at its start.
+$(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "bagssl: '$(PYTHON)' is not Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "bagssl: '$(PYTHON)' has no venv: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@echo "bagssl: setting up .venv (about 3 GB to download the first time)"
+	@if [ -n "$(SOUND)" ]; then rm $(READY); else $(PYTHON) -m venv --clear .venv; fi
+	@awk '/^[^ ]/ {keep = /^(uv|setuptools)==/} keep' $(LOCK) > .venv/bootstrap.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
+		-r .venv/bootstrap.txt
+	@$(BIN)/uv pip sync --python $(BIN)/python --quiet --require-hashes --no-build-isolation \
+		--compile-bytecode $(LOCK)
+	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
+	@pwd > $(READY)
+
+unsound:

@@ -1,0 +1,51 @@
+"""Where things lie, and how a file is written so that a reader never sees half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def home() -> Path:
+    """The checkout that this package lies in, or the working folder when it is installed elsewhere."""
+    return _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+
+
+def data_root() -> Path:
+    """The folder of dataset caches: $BAGSSL_DATA, else data/."""
+    return Path(os.environ.get("BAGSSL_DATA") or home() / "data")
+
+
+def results_root() -> Path:
+    """The folder of tables, figures and executed notebooks: $BAGSSL_RESULTS, else results/."""
+    return Path(os.environ.get("BAGSSL_RESULTS") or home() / "results")
+
+
+def runs_root() -> Path:
+    """The store of trained models: $BAGSSL_RUNS, else runs/ among the results."""
+    return Path(os.environ.get("BAGSSL_RUNS") or results_root() / "runs")
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,179 @@
+"""The three files that say what is installed agree, and the training core needs no notebook software."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from bagssl import data
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("pyproject.toml", "requirements.lock", "environment.yml")
+MACHINES = [
+    {"sys_platform": system, "python_version": python, "python_full_version": f"{python}.0"}
+    for system, python in itertools.product(("linux", "darwin"), ("3.11", "3.12", "3.13"))
+]
+CONDA_NAMES = {"torch": "pytorch"}
+IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython"}
+CORE = ("data", "patches", "encoders", "objectives", "pretraining", "bags", "probes", "runs")
+NOTEBOOK_SOFTWARE = {
+    *("IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_client", "jupyter_core", "jupyterlab"),
+    *("matplotlib", "nbclient", "nbconvert", "nbformat", "pandas", "papermill", "seaborn"),
+}
+
+
+def texts() -> dict[str, str]:
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
+
+
+def declared(pyproject: str) -> dict[str, list[Requirement]]:
+    """The requirements of pyproject.toml: `core` and each extra."""
+    project = tomllib.loads(pyproject)["project"]
+    groups = {"core": project["dependencies"], **project["optional-dependencies"]}
+    return {group: [Requirement(line) for line in lines] for group, lines in groups.items()}
+
+
+def locked(lock: str) -> list[tuple[Requirement, list[str]]]:
+    """The pins of requirements.lock, each with its hashes."""
+    lines = [line for line in lock.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    entries = "\n".join(line for line in lines if not line.startswith("-")).replace("\\\n", " ").splitlines()
+    parts = [re.split(r"\s--hash=", entry) for entry in entries]
+    return [(Requirement(head), [digest.strip() for digest in hashes]) for head, *hashes in parts]
+
+
+def lock_faults(lock: str, requirements: list[Requirement]) -> list[str]:
+    faults, pins = [], {}
+    for pin, hashes in locked(lock):
+        pins.setdefault(canonicalize_name(pin.name), []).append(pin)
+        if not re.fullmatch(r"==[^,*]+", str(pin.specifier)):
+            faults.append(f"{pin.name} has no exact version")
+        if not hashes or not all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in hashes):
+            faults.append(f"{pin.name} lacks a SHA-256")
+    # A place has a slash, an option starts its line with a dash: neither has business in a lock.
+    faults += [f"names a place: {line}" for line in lock.splitlines() if re.search(r"/|^-| @ ", line)]
+
+    def version(name: str, machine: dict[str, str]) -> Version | None:
+        candidates = pins.get(canonicalize_name(name), [])
+        fitting = [pin for pin in candidates if not pin.marker or pin.marker.evaluate(machine)]
+        return Version(str(fitting[0].specifier)[2:]) if len(fitting) == 1 else None
+
+    for machine in MACHINES:
+        place = f"{machine['sys_platform']} {machine['python_version']}"
+        for requirement in requirements:
+            found = version(requirement.name, machine)
+            if found is None or not requirement.specifier.contains(found):
+                faults.append(f"{requirement} meets {found} on {place}")
+        # torchvision 0.(n + 15) is built against torch 2.n, and both are of one flavour (+cpu, +cu130, none).
+        torch, vision = version("torch", machine), version("torchvision", machine)
+        if torch and vision:
+            partner = (torch.major - 2, torch.minor + 15, torch.micro, torch.local)
+            if partner != (vision.major, vision.minor, vision.micro, vision.local):
+                faults.append(f"torch {torch} and torchvision {vision} are not builds for each other")
+    return faults
+
+
+def conda_faults(environment: str, python: str, requirements: list[Requirement]) -> list[str]:
+    lines = yaml.safe_load(environment)["dependencies"]
+    ours = {r.name: r.specifier for r in map(Requirement, filter(lambda line: isinstance(line, str), lines))}
+    wanted = {CONDA_NAMES.get(r.name, r.name): r.specifier for r in requirements}
+    wanted |= {r.name: r.specifier for r in (Requirement(f"python{python}"), Requirement("pip"))}
+    names = sorted(ours.keys() | wanted.keys())
+    faults = [f"{n}: {ours.get(n)}, not {wanted.get(n)}" for n in names if ours.get(n) != wanted.get(n)]
+    return faults if {"pip": ["-e ."]} in lines else [*faults, "the package is not installed"]
+
+
+def disagreements(files: dict[str, str]) -> list[str]:
+    """What is wrong among the three files, one line each; empty when they agree."""
+    groups = declared(files["pyproject.toml"])
+    python = tomllib.loads(files["pyproject.toml"])["project"]["requires-python"]
+    everything = [requirement for group in groups.values() for requirement in group]
+    lock = lock_faults(files["requirements.lock"], everything)
+    conda = conda_faults(files["environment.yml"], python, groups["core"] + groups["test"])
+    return [f"lock: {fault}" for fault in lock] + [f"conda: {fault}" for fault in conda]
+
+
+def test_pyproject_lock_and_environment_agree():
+    assert disagreements(texts()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "replacement", "complaint"),
+    [
+        ("environment.yml", r"pytorch>=2\.11", "pytorch>=2.9", "conda: pytorch: >=2.9, not >=2.11"),
+        ("environment.yml", r"  - seaborn.*\n", "", "conda: seaborn: None"),
+        ("environment.yml", r"  - pip\n", "  - pip\n  - scipy\n", "conda: scipy: , not None"),
+        ("environment.yml", r"python>=3\.11", "python>=3.10", "conda: python: >=3.10, not >=3.11"),
+        ("environment.yml", r"- -e \.", "- bagssl", "conda: the package is not installed"),
+        ("pyproject.toml", r'"torch>=[^"]*"', '"torch>=99"', "lock: torch>=99 meets 2.11.0 on linux 3.11"),
+        ("pyproject.toml", r'"tqdm>=', '"new>=1", "tqdm>=', "lock: new>=1 meets None on darwin 3.13"),
+        ("requirements.lock", r"(?m)^torchvision==\S+", "torchvision==0.27.0", "not builds for each other"),
+        ("requirements.lock", r"(?m)^torch==\S+", "torch==2.11.0+cpu", "are not builds for each other"),
+        ("requirements.lock", r"(?m)^tqdm==\S+", r"\g<0> ; sys_platform == 'linux'", "meets None on darwin"),
+        ("requirements.lock", r"(?m)^six==", "six>=", "lock: six has no exact version"),
+        ("requirements.lock", r"(?m)^(six==\S+) \\\n(    --hash.*\n)+", "\\1\n", "lock: six lacks a SHA-256"),
+        ("requirements.lock", r"(?m)^six==", "--index-url example\n\\g<0>", "names a place: --index-url"),
+        ("requirements.lock", r"(?m)^six==", "--find-links example\n\\g<0>", "names a place: --find-links"),
+        ("requirements.lock", r"# via", "# via -r /somewhere/", "lock: names a place"),
+    ],
+)
+def test_a_doctored_copy_is_caught(name, pattern, replacement, complaint):
+    files = texts()
+    doctored, count = re.subn(pattern, replacement, files[name], count=1)
+    assert count == 1
+    found = disagreements({**files, name: doctored})
+    assert any(complaint in fault for fault in found), found
+
+
+def imported(source: str) -> set[str]:
+    """The packages that a module names in its import statements, wherever they stand."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"bagssl"}
+
+
+def test_what_the_package_imports_is_declared():
+    declared_names = {canonicalize_name(r.name) for r in declared(texts()["pyproject.toml"])["core"]}
+    for path in sorted((ROOT / "bagssl").glob("*.py")):
+        found = imported(path.read_text(encoding="utf-8"))
+        undeclared = {canonicalize_name(IMPORT_NAMES.get(name, name)) for name in found} - declared_names
+        assert not undeclared, f"{path.name} imports what pyproject.toml does not declare"
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level packages that a fresh interpreter has loaded after the statement."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_the_training_core_loads_no_notebook_software():
+    loaded = loaded_by("\n".join(f"import bagssl.{module}" for module in CORE))
+    assert loaded & NOTEBOOK_SOFTWARE == set()
+    assert loaded_by("import nbformat") & NOTEBOOK_SOFTWARE  # the check does see what it looks for
+
+
+def test_the_data_readme_states_the_checksums_that_are_true():
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    for split, fingerprint in data.check("synthetic").items():
+        assert f"| `synthetic` | {split} | `{fingerprint}` |" in readme
+    for kind in (CIFAR10, CIFAR100):
+        assert f"| `{kind.filename}` | `{kind.tgz_md5}` |" in readme
