@@ -1,0 +1,627 @@
+"""Datasets: the same images give the same cache, and wrong input one clear line with the cache as it was."""
+
+import os
+import pickle
+import socket
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bagssl import data
+from bagssl.errors import InputError
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def picture(seed, height=12, width=12):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def plant(tree, classes=CLASSES, train=3, test=2, height=12, width=12, suffix="png"):
+    """A class-folder tree of small pictures, all different."""
+    for s, (split, count) in enumerate({"train": train, "test": test}.items()):
+        for c, name in enumerate(classes):
+            (tree / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(picture([s, c, i], height, width))
+                image.save(tree / split / name / f"{i}.{suffix}")
+    return tree
+
+
+def contents(folder):
+    """The bytes of every file below a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return plant(tmp_path / "tree")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def small_cifar(monkeypatch):
+    """cifar10 with 2 train images and 1 test image of each class."""
+    monkeypatch.setitem(data.CIFAR, "cifar10", (data.CIFAR["cifar10"][0], {"train": 2, "test": 1}))
+
+
+def test_a_tree_comes_back_pixel_by_pixel(tree, root):
+    line = data.add("pets", tree, root=root)
+    assert "9 train and 6 test images of 12×12 px in 3 classes" in line
+    train, test = data.load("pets", "train", root), data.load("pets", "test", root)
+    assert train.pixels.shape == (9, 3, 12, 12) and train.pixels.dtype == torch.uint8 and len(test) == 6
+    assert train.classes == test.classes == CLASSES
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for c in range(3):
+        found = {image.permute(1, 2, 0).numpy().tobytes() for image in train.pixels[train.labels == c]}
+        assert found == {picture([0, c, i]).tobytes() for i in range(3)}
+
+
+def test_names_and_order_of_files_do_not_matter(tree, root, tmp_path):
+    data.add("pets", tree, root=root)
+    for c in CLASSES:
+        files = sorted((tree / "train" / c).iterdir())
+        for i, file in enumerate(files):
+            file.rename(file.with_name(f"renamed-{len(files) - i}.png"))
+    data.add("again", tree, root=root)
+    assert data.check("again", root) == data.check("pets", root)
+
+
+def test_the_fingerprint_covers_pixels_labels_classes_and_shape():
+    pixels, labels = torch.arange(96, dtype=torch.uint8).reshape(2, 3, 4, 4), torch.tensor([0, 1])
+    images = data.Images(pixels, labels, ("a", "b"))
+    changed = pixels.clone()
+    changed[1, 2, 3, 3] ^= 1
+    others = [
+        data.Images(changed, labels, ("a", "b")),
+        data.Images(pixels, labels.flip(0), ("a", "b")),
+        data.Images(pixels, labels, ("a", "c")),
+        data.Images(pixels.reshape(2, 3, 2, 8), labels, ("a", "b")),
+        images.take(torch.tensor([1])),
+    ]
+    assert len({images.fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert images.take(torch.tensor([0, 1])).fingerprint == images.fingerprint == images.to("cpu").fingerprint
+    assert data.Images(pixels.mT.contiguous().mT, labels, ("a", "b")).fingerprint == images.fingerprint
+
+
+def test_images_of_a_wrong_type_are_refused():
+    with pytest.raises(ValueError, match="uint8"):
+        data.Images(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), ("a",))
+    with pytest.raises(ValueError, match="labels"):
+        data.Images(torch.zeros(2, 3, 4, 4).byte(), torch.zeros(3).long(), ("a",))
+
+
+def test_synthetic_needs_no_cache(root):
+    images = data.load("synthetic", "test", root)
+    assert len(images) == 1000 and images.pixels.shape[1:] == (3, 32, 32) and len(images.classes) == 10
+    assert data.available("synthetic", root) and not root.exists()
+    assert "embedded" in data.get("synthetic", root)
+
+
+def test_status_lists_every_state(tree, root):
+    data.add("pets", tree, root=root)
+    (root / "broken.safetensors").write_bytes(b"not a cache")
+    rows = {row["name"]: row for row in data.status(root)}
+    assert list(rows) == data.names(root) == ["synthetic", "cifar10", "cifar100", "broken", "pets"]
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "synthetic": "embedded",
+        "cifar10": "absent",
+        "cifar100": "absent",
+        "broken": "damaged",
+        "pets": "ready",
+    }
+    assert (rows["pets"]["train"], rows["pets"]["test"], rows["pets"]["classes"]) == (9, 6, 3)
+    assert rows["pets"]["size"] == "12×12" and str(tree) in rows["pets"]["source"]
+    assert len({tuple(row) for row in rows.values()}) == 1
+
+
+# What an image may be
+
+
+def one_image(path, root, size=None):
+    """The pixels [H, W, 3] that `add` makes of one file, put in place of every image of a small tree."""
+    tree = path.parent / "one"
+    for split in data.SPLITS:
+        for name in ("a", "b"):
+            (tree / split / name).mkdir(parents=True)
+            (tree / split / name / path.name).write_bytes(path.read_bytes())
+    data.add("one", tree, size=size, root=root)
+    return data.load("one", "train", root).pixels[0].permute(1, 2, 0).numpy()
+
+
+def made_of(mode):
+    """An image of a mode, and the RGB that it stands for."""
+    rgb = Image.fromarray(picture(7))
+    grey = rgb.convert("L")
+    if mode == "I;16":
+        deep = np.asarray(grey).astype(np.uint16) * 257
+        return Image.fromarray(deep), grey.convert("RGB")
+    if mode == "P with transparency":
+        image = Image.fromarray(np.arange(144, dtype=np.uint8).reshape(12, 12) % 3, "P")
+        image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+        image.info["transparency"] = 0
+        colours = np.array([[255, 255, 255], [0, 255, 0], [0, 0, 255]], np.uint8)
+        return image, Image.fromarray(colours[np.arange(144).reshape(12, 12) % 3])
+    if mode == "RGBA":
+        image = rgb.convert("RGBA")
+        image.putalpha(0)
+        return image, Image.new("RGB", rgb.size, "white")
+    image = rgb.convert(mode)
+    return image, image.convert("RGB")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "I;16", "P with transparency"])
+def test_every_mode_becomes_rgb(mode, tmp_path, root):
+    image, expected = made_of(mode)
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path, **({"transparency": 0} if "with" in mode else {}))
+    np.testing.assert_array_equal(one_image(path, root), np.asarray(expected))
+
+
+def test_orientation_is_applied(tmp_path, root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to view
+    Image.fromarray(picture(1, 8, 12)).save(tmp_path / "image.png", exif=exif)
+    np.testing.assert_array_equal(one_image(tmp_path / "image.png", root), np.rot90(picture(1, 8, 12), -1))
+
+
+@pytest.mark.parametrize("height, width", [(40, 20), (20, 40), (20, 20)])
+def test_size_takes_the_centred_square_antialiased(height, width, tmp_path, root):
+    """Stripes one pixel wide become even grey, and of the red ends nothing is left but the kernel's reach."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, ::2] = 200
+    top, left = (height - 20) // 2, (width - 20) // 2
+    ends = np.ones((height, width), bool)
+    ends[top : top + 20, left : left + 20] = False
+    pixels[ends] = (255, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    small = one_image(tmp_path / "image.png", root, size=10).astype(int)
+    assert small.shape == (10, 10, 3)
+    assert np.abs(small[2:-2, 2:-2] - 100).max() <= 2
+    assert np.ptp(small, axis=2).mean() < 20
+
+
+def test_size_of_the_image_itself_changes_nothing(tmp_path, root):
+    Image.fromarray(picture(3)).save(tmp_path / "image.png")
+    np.testing.assert_array_equal(one_image(tmp_path / "image.png", root, size=12), picture(3))
+
+
+def test_size_brings_mixed_sizes_to_one(tree, root):
+    Image.fromarray(picture(9, 30, 20)).save(tree / "test" / "owl" / "large.jpg")
+    data.add("pets", tree, size=8, root=root)
+    assert data.load("pets", "test", root).pixels.shape == (7, 3, 8, 8)
+
+
+def test_what_file_managers_leave_behind_is_no_image(tree, root):
+    data.add("pets", tree, root=root)
+    for path in (tree / ".DS_Store", tree / "train" / ".DS_Store", tree / "train" / "cat" / "Thumbs.db"):
+        path.write_bytes(b"junk")
+    assert "nothing to do" in data.add("pets", tree, root=root)
+
+
+def test_links_inside_the_tree_are_followed(tree, root):
+    (tree / "test" / "cat" / "link.png").symlink_to(tree / "train" / "cat" / "0.png")
+    data.add("pets", tree, root=root)
+    assert len(data.load("pets", "test", root)) == 7
+
+
+# What is wrong: how the tree is spoilt, and what the line says
+
+
+def no_tree(tree):
+    return {"path": tree / "nowhere"}, "nowhere is not a folder"
+
+
+def a_file_for_a_tree(tree):
+    (tree / "x.tar").write_bytes(b"")
+    return {"path": tree / "x.tar"}, "x.tar is not a folder"
+
+
+def no_test_split(tree):
+    (tree / "test").rename(tree / "val")
+    return {}, "has no folder test"
+
+
+def empty_tree(tree):
+    for split in data.SPLITS:
+        (tree / split).rename(tree / f"old-{split}")
+        (tree / split).mkdir()
+    return {}, "has 0 class folders"
+
+
+def one_class(tree):
+    for split in data.SPLITS:
+        for name in ("dog", "owl"):
+            (tree / split / name).rename(tree / f"{split}-{name}")
+    return {}, "has 1 class folders"
+
+
+def class_missing_in_test(tree):
+    (tree / "test" / "dog").rename(tree / "dog")
+    return {}, "the class 'dog' is in"
+
+
+def class_missing_in_train(tree):
+    (tree / "train" / "owl").rename(tree / "owl")
+    return {}, "the class 'owl' is in"
+
+
+def empty_class(tree):
+    for file in (tree / "test" / "cat").iterdir():
+        file.unlink()
+    return {}, "cat has no images"
+
+
+def image_outside_the_classes(tree):
+    (tree / "train" / "cat" / "0.png").rename(tree / "train" / "0.png")
+    return {}, "0.png lies outside the class folders"
+
+
+def folder_in_a_class(tree):
+    (tree / "train" / "cat" / "more").mkdir()
+    return {}, "more is no file"
+
+
+def text_file(tree):
+    (tree / "train" / "cat" / "labels.txt").write_text("0.png cat")
+    return {}, "labels.txt cannot be read as an image"
+
+
+def empty_image(tree):
+    (tree / "train" / "cat" / "1.png").write_bytes(b"")
+    return {}, "1.png cannot be read as an image"
+
+
+def truncated_image(tree):
+    path = tree / "test" / "owl" / "1.png"
+    path.write_bytes(path.read_bytes()[:200])
+    return {}, "1.png cannot be read as an image"
+
+
+def damaged_image(tree):
+    path = tree / "test" / "owl" / "1.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    return {}, "1.png cannot be read as an image"
+
+
+def truncated_jpeg(tree):
+    path = tree / "test" / "owl" / "1.jpg"
+    Image.fromarray(picture(1)).save(path)
+    path.write_bytes(path.read_bytes()[:-60])
+    return {}, "1.jpg cannot be read as an image"
+
+
+def floating_point_image(tree):
+    Image.fromarray(np.zeros((12, 12), np.float32)).save(tree / "train" / "cat" / "depth.tif")
+    return {}, "its pixels have 32 bits"
+
+
+def decompression_bomb(tree):
+    Image.new("1", (11_000, 11_000)).save(tree / "train" / "cat" / "bomb.png")
+    return {}, "bomb.png cannot be read as an image"
+
+
+def mixed_sizes(tree):
+    Image.fromarray(picture(1, 12, 16)).save(tree / "test" / "owl" / "wide.png")
+    return {}, "12×12 px and .*wide.png with 16×12 px: give --size"
+
+
+def link_out_of_the_tree(tree):
+    outside = tree.parent / "secret.png"
+    Image.fromarray(picture(1)).save(outside)
+    (tree / "train" / "cat" / "link.png").symlink_to(outside)
+    return {}, "link.png links out of the tree"
+
+
+def folder_link_out_of_the_tree(tree):
+    (tree / "test" / "owl").rename(tree.parent / "owl")
+    (tree / "test" / "owl").symlink_to(tree.parent / "owl")
+    return {}, "owl links out of the tree"
+
+
+def split_link_out_of_the_tree(tree):
+    (tree / "test").rename(tree.parent / "test")
+    (tree / "test").symlink_to(tree.parent / "test")
+    return {}, "test links out of the tree"
+
+
+def dangling_link(tree):
+    (tree / "test" / "owl" / "gone.png").symlink_to(tree / "nowhere.png")
+    return {}, "gone.png is no file"
+
+
+def link_to_itself(tree):
+    (tree / "test" / "owl" / "loop.png").symlink_to(tree / "test" / "owl" / "loop.png")
+    return {}, "loop.png is no file"
+
+
+def name_with_a_line_break(tree):
+    (tree / "train" / "cat" / "a\nb.png").write_bytes(b"")
+    return {}, "a b.png cannot be read"
+
+
+def name_in_capitals(tree):
+    return {"name": "Pets"}, "'Pets' cannot name a dataset"
+
+
+def name_that_is_a_path(tree):
+    return {"name": "../pets"}, "cannot name a dataset"
+
+
+def empty_name(tree):
+    return {"name": ""}, "cannot name a dataset"
+
+
+def name_with_a_line_break_at_its_end(tree):
+    return {"name": "pets\n"}, "cannot name a dataset"
+
+
+def reserved_name(tree):
+    return {"name": "synthetic"}, "belongs to the embedded data"
+
+
+def size_of_nothing(tree):
+    return {"size": 0}, "--size is 0"
+
+
+def size_beyond_reason(tree):
+    return {"size": 100_000}, "--size is 100000"
+
+
+def size_in_words(tree):
+    return {"size": "64"}, "--size is '64'"
+
+
+def other_content(tree):
+    Image.fromarray(picture(99)).save(tree / "test" / "owl" / "new.png")
+    return {}, "holds other images: .*--force"
+
+
+def cifar_of_other_classes(tree):
+    return {"name": "cifar10"}, "cifar10 has 10 classes"
+
+
+def cifar_of_another_size(tree):
+    return {"name": "cifar10", "size": 64}, "cifar10 has images of 32×32 px"
+
+
+ACTS = [
+    no_tree, a_file_for_a_tree, no_test_split, empty_tree, one_class, class_missing_in_test,
+    class_missing_in_train, empty_class, image_outside_the_classes, folder_in_a_class, text_file,
+    empty_image, truncated_image, damaged_image, truncated_jpeg, floating_point_image, decompression_bomb,
+    mixed_sizes, link_out_of_the_tree, folder_link_out_of_the_tree, split_link_out_of_the_tree,
+    dangling_link, link_to_itself, name_with_a_line_break, name_in_capitals, name_that_is_a_path,
+    empty_name, name_with_a_line_break_at_its_end, reserved_name, size_of_nothing, size_beyond_reason,
+    size_in_words, other_content, cifar_of_other_classes, cifar_of_another_size,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
+def test_wrong_input_is_one_line_and_leaves_the_cache(act, tree, root):
+    data.add("pets", tree, root=root)
+    before = contents(root)
+    changes, message = act(tree)
+    with pytest.raises(InputError, match=message) as caught:
+        data.add(**{"name": "pets", "path": tree, "root": root} | changes)
+    assert "\n" not in str(caught.value)
+    assert contents(root) == before
+
+
+def test_the_same_content_twice_changes_nothing(tree, root):
+    data.add("pets", tree, root=root)
+    before, inode = contents(root), (root / "pets.safetensors").stat().st_ino
+    assert "nothing to do" in data.add("pets", tree, root=root)
+    assert contents(root) == before and (root / "pets.safetensors").stat().st_ino == inode
+
+
+def test_force_replaces_other_content(tree, root):
+    data.add("pets", tree, root=root)
+    other_content(tree)
+    data.add("pets", tree, root=root, force=True)
+    assert len(data.load("pets", "test", root)) == 7
+
+
+def test_an_interrupt_leaves_the_cache(tree, root, monkeypatch):
+    data.add("pets", tree, root=root)
+    before = contents(root)
+    other_content(tree)
+
+    def interrupt(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    for name, fails in (
+        ("save_file", interrupt),
+        ("_canonical", lambda *_: interrupt(0, root / ".x.tmp", 0)),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(data, name, fails)
+            data.add("pets", tree, root=root, force=True)
+        (root / ".x.tmp").unlink(missing_ok=True)
+        assert contents(root) == before
+
+
+def test_a_full_disk_is_one_line(tree, root, monkeypatch):
+    def full(tensors, path, metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "save_file", full)
+    with pytest.raises(InputError, match="cannot be written .*No space left"):
+        data.add("pets", tree, root=root)
+    assert contents(root) == {}
+
+
+# Caches that are absent or damaged
+
+
+def flip_a_pixel(path):
+    content = bytearray(path.read_bytes())
+    content[-500] ^= 1
+    path.write_bytes(content)
+
+
+def flip_a_label(path):
+    tensors, metadata = opened(path)
+    tensors["train_labels"][0] = 2
+    data.save_file(tensors, path, metadata)
+
+
+def rename_a_class(path):
+    tensors, metadata = opened(path)
+    data.save_file(tensors, path, {"bagssl": metadata["bagssl"].replace('"owl"', '"elk"')})
+
+
+def lose_a_split(path):
+    tensors, metadata = opened(path)
+    data.save_file({key: value for key, value in tensors.items() if "train" not in key}, path, metadata)
+
+
+def lose_the_header(path):
+    data.save_file(opened(path)[0], path)
+
+
+def come_from_the_future(path):
+    tensors, metadata = opened(path)
+    data.save_file(tensors, path, {"bagssl": metadata["bagssl"].replace(data.FORMAT, "bagssl-images-99")})
+
+
+def opened(path):
+    with data.safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118 - no dict
+
+
+DAMAGE = [
+    flip_a_pixel, flip_a_label, rename_a_class, lose_a_split, lose_the_header, come_from_the_future,
+    lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(os.urandom(1000)),
+    lambda path: path.write_bytes(pickle.dumps({"pixels": 1})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_names_the_command_that_rebuilds_it(damage, tree, root):
+    data.add("pets", tree, root=root)
+    sound = data.check("pets", root)
+    path = root / "pets.safetensors"
+    damage(path)
+    for read in (lambda: data.check("pets", root), lambda: data.load("pets", "train", root)):
+        with pytest.raises(
+            InputError, match="pets.safetensors is damaged .*bagssl data add pets PATH"
+        ) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    data.add("pets", tree, root=root)  # which needs no force
+    assert data.check("pets", root) == sound
+
+
+@pytest.mark.parametrize(
+    "name, split, message",
+    [
+        ("cifar10", "train", "bagssl data get cifar10, or bagssl data add cifar10 PATH"),
+        ("pets", "train", "add it by bagssl data add pets PATH"),
+        ("../secrets", "train", "is not in"),
+        ("synthetic", "validation", "unknown split 'validation'"),
+    ],
+)
+def test_absent_data_is_never_replaced_by_other_data(name, split, message, root):
+    with pytest.raises(InputError, match=message):
+        data.load(name, split, root)
+    assert not root.exists()
+
+
+# CIFAR
+
+
+def test_cifar_classes_are_in_the_published_order():
+    for name, (classes, counts) in data.CIFAR.items():
+        assert list(classes) == sorted(set(classes)) and len(classes) == int(name.removeprefix("cifar"))
+        assert [len(classes) * counts[split] for split in data.SPLITS] == [50_000, 10_000]
+
+
+def served(name, split, folder):
+    """What the archive holds: the pictures that `plant` saves, in another order."""
+    s, count = (0, 2) if split == "train" else (1, 1)
+    keys = [(s, c, i) for i in reversed(range(count)) for c in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    pixels = np.stack([picture(list(key), 32, 32) for key in keys]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(pixels.copy()), torch.tensor([c for _, c, _ in keys])
+
+
+def test_get_and_add_give_the_same_data(small_cifar, tmp_path, root, monkeypatch):
+    monkeypatch.setattr(data, "_download", served)
+    assert "20 train and 10 test images of 32×32 px" in data.get("cifar10", root)
+    assert [path.name for path in root.iterdir()] == ["cifar10.safetensors"]
+    tree = plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32)
+    assert "nothing to do" in data.add("cifar10", tree, root=root)
+    data.add("cifar10", tree, root=tmp_path / "other")
+    assert data.check("cifar10", tmp_path / "other") == data.check("cifar10", root)
+
+
+def test_get_leaves_a_sound_cache_alone(small_cifar, tmp_path, root, monkeypatch):
+    data.add("cifar10", plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
+    monkeypatch.setattr(data, "_download", lambda *_: pytest.fail("downloaded"))
+    assert "nothing to do" in data.get("cifar10", root)
+
+
+@pytest.mark.parametrize("failure", [OSError("Network is unreachable"), RuntimeError("File corrupted.")])
+def test_get_offline_names_the_other_way(failure, small_cifar, tmp_path, root, monkeypatch):
+    data.add("cifar10", plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
+    before = contents(root)
+
+    def fail(name, split, folder):
+        (tmp_path / "data").joinpath(folder, "half.tar.gz").write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(data, "_download", fail)
+    with pytest.raises(InputError, match="bagssl data add cifar10 PATH") as caught:
+        data.get("cifar10", root, force=True)
+    assert "\n" not in str(caught.value) and contents(root) == before
+
+
+def test_a_silent_server_is_left_after_the_timeout(root, monkeypatch):
+    """torchvision's own downloader against a socket that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+        monkeypatch.setattr(
+            "torchvision.datasets.CIFAR10.url", f"http://127.0.0.1:{server.getsockname()[1]}/c"
+        )
+        for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(proxy, raising=False)
+        with pytest.raises(InputError, match="could not be downloaded .*timed out"):
+            data.get("cifar10", root)
+    assert socket.getdefaulttimeout() is None and list(root.iterdir()) == []
+
+
+def test_get_knows_no_other_download(root):
+    with pytest.raises(InputError, match="only cifar10 and cifar100 can be downloaded"):
+        data.get("imagenet", root)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        (
+            {"train": 1, "test": 1, "height": 32, "width": 32},
+            "2 train images of each class, this tree 1 of 'airpl",
+        ),
+        (
+            {"train": 2, "test": 2, "height": 32, "width": 32},
+            "1 test images of each class, this tree 2 of 'airpl",
+        ),
+        ({"train": 2, "test": 1, "height": 24, "width": 24}, "cifar10 has images of 32×32 px"),
+    ],
+)
+def test_a_part_of_cifar_is_not_cifar(shape, message, small_cifar, tmp_path, root):
+    tree = plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], **shape)
+    with pytest.raises(InputError, match=f"{message}.*another name"):
+        data.add("cifar10", tree, root=root)
+    assert not root.exists()
+    data.add("cifar10-part", tree, root=root)
