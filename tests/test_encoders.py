@@ -1,0 +1,60 @@
+"""Encoders are torchvision's networks, heads are lightly's."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18, resnet34
+
+from bagssl.encoders import build_encoder, build_projector
+from bagssl.errors import InputError
+
+
+def reference(make):
+    """torchvision's network with the stem for small pictures and no classifier."""
+    network = make(num_classes=1)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    network.fc = nn.Identity()
+    return network
+
+
+@pytest.mark.parametrize(("name", "make"), [("resnet18", resnet18), ("resnet34", resnet34)])
+def test_width_64_is_torchvisions_network(name, make):
+    theirs, ours = reference(make), build_encoder(name, 64)
+    theirs.load_state_dict(ours.state_dict())  # the same names and shapes
+    x = torch.rand(2, 3, 16, 16)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x), theirs((x - 0.5) * 4))
+    assert ours.dim == 512
+    # negative control: the ImageNet stem is another network
+    network = make(num_classes=1)
+    with pytest.raises(RuntimeError):
+        network.load_state_dict(ours.state_dict())
+
+
+def test_width_and_seed():
+    encoder = build_encoder("resnet10", 8, seed=3)
+    assert encoder(torch.rand(2, 3, 14, 14)).shape == (2, 64) and encoder.dim == 64
+    same, other = build_encoder("resnet10", 8, seed=3), build_encoder("resnet10", 8, seed=4)
+    assert torch.equal(encoder.conv1.weight, same.conv1.weight)
+    assert not torch.equal(encoder.conv1.weight, other.conv1.weight)
+
+
+def test_building_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    build_encoder("resnet10", 4)
+    build_projector("simclr", 32, 16, 8)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("objective", ["tcr", "simclr", "vicreg", "byol", "barlow"])
+def test_projectors(objective):
+    assert build_projector(objective, 32, 16, 8)(torch.rand(4, 32)).shape == (4, 8)
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet99", 16), ("resnet10", 0)])
+def test_wrong_names_are_refused(name, width):
+    with pytest.raises(InputError):
+        build_encoder(name, width)

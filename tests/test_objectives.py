@@ -1,0 +1,153 @@
+"""The objectives as mathematical facts: identities, bounds, invariances, agreement with float64 algebra and lightly."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
+from lightly.loss.negative_cosine_similarity import NegativeCosineSimilarity
+
+from bagssl.objectives import OBJECTIVES, barlow, byol, coding_rate, simclr, spread, tcr, vicreg
+
+
+def projections(views=3, batch=12, dim=8, seed=0, dtype=torch.float64):
+    """Views that share an image's signal, as training sees them: [views, batch, dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(1, batch, dim, generator=generator, dtype=dtype)
+    return image + 0.5 * torch.randn(views, batch, dim, generator=generator, dtype=dtype)
+
+
+def apart(**shape):
+    """Perfectly invariant and spread out: all views of an image are alike, images differ."""
+    z = projections(**shape)
+    return z[:1].expand_as(z)
+
+
+def collapsed(**shape):
+    """Perfectly invariant and, but for a trace, the same for every image."""
+    z = apart(**shape)
+    return z[:, :1] + 1e-3 * z
+
+
+def dense_rate(z, epsilon2, side):
+    batch, dim = z.shape
+    gram = z.T @ z if side == "D" else z @ z.T
+    return 0.5 * torch.logdet(torch.eye(len(gram), dtype=z.dtype) + dim / (batch * epsilon2) * gram)
+
+
+@pytest.mark.parametrize(("batch", "dim"), [(12, 8), (8, 12), (5, 40), (40, 5), (9, 9)])
+def test_coding_rate_is_the_same_on_both_sides_of_the_determinant_identity(batch, dim):
+    z = F.normalize(projections(1, batch, dim)[0], dim=-1)
+    ours = coding_rate(z)
+    for side in "DB":
+        torch.testing.assert_close(ours, dense_rate(z, 0.2, side), rtol=1e-12, atol=0)
+    # negative control: another epsilon is another number
+    assert abs(ours - dense_rate(z, 0.25, "D")) > 1e-2
+
+
+def test_coding_rate_is_bounded_by_orthonormal_directions():
+    """R is largest when B unit vectors have B orthogonal directions (Yu et al. 2020, lemma A.2)."""
+    batch = dim = 8
+    best = 0.5 * dim * math.log(1 + 1 / 0.2)
+    assert coding_rate(torch.eye(batch, dtype=torch.float64)).item() == pytest.approx(best, rel=1e-12)
+    assert coding_rate(F.normalize(projections(1, batch, dim)[0], dim=-1)).item() < best
+
+
+def test_tcr_is_its_formula():
+    z = projections()
+    unit = F.normalize(z, dim=-1)
+    mean = unit.mean(0)
+    cosines = [F.cosine_similarity(view, mean, dim=-1).mean() for view in unit]
+    rates = [dense_rate(view, 0.2, "D") for view in unit]
+    expected = -7.0 * sum(cosines) / 3 - sum(rates) / 3
+    torch.testing.assert_close(tcr(z, invariance=7.0)["loss"], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+def test_collapse_scores_worse_than_spread(name):
+    objective = OBJECTIVES[name]
+    assert objective(collapsed(batch=32))["loss"] > objective(apart(batch=32))["loss"]
+
+
+def test_the_wrong_sign_of_the_coding_rate_rewards_collapse():
+    """Negative control of the test above: adding the coding rate makes collapse score better."""
+    def wrong(z):
+        terms = tcr(z)
+        return terms["loss"] + 2 * terms["coding_rate"]
+
+    assert wrong(collapsed(batch=32)) < wrong(apart(batch=32))
+
+
+def test_spread_tells_collapse():
+    assert spread(collapsed()) < 1e-4
+    assert spread(projections()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+@pytest.mark.parametrize(("batch", "dim"), [(6, 4), (4, 6)])
+def test_gradients_are_those_of_finite_differences(name, batch, dim):
+    z = projections(3, batch, dim).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: OBJECTIVES[name](z)["loss"], z)
+
+
+def test_byol_gradient_reaches_the_prediction_and_not_the_target():
+    z, target = projections(seed=1).requires_grad_(), projections(seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: byol(z, target)["loss"], z)
+    byol(z, target)["loss"].backward()
+    assert z.grad.abs().sum() > 0 and target.grad is None
+
+
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize(("batch", "dim"), [(12, 8), (8, 12)])
+def test_pairwise_objectives_are_lightlys_averaged_over_pairs(views, batch, dim):
+    z = projections(views, batch, dim, dtype=torch.float32)
+    pairs = list(itertools.combinations(range(views), 2))
+
+    def mean(loss):
+        return sum(loss(z[a], z[b]) for a, b in pairs) / len(pairs)
+
+    torch.testing.assert_close(simclr(z, temperature=0.2)["loss"], mean(NTXentLoss(temperature=0.2)))
+    torch.testing.assert_close(vicreg(z)["loss"], mean(VICRegLoss()))
+    torch.testing.assert_close(barlow(z)["loss"], mean(BarlowTwinsLoss()))
+    # lightly's BYOL criterion is the negative cosine: 2 - 2 cos is 2 + 2 times it, averaged over both directions
+    target = projections(views, batch, dim, seed=5, dtype=torch.float32)
+    cosine = NegativeCosineSimilarity()
+    both = sum(cosine(z[a], target[b]) for a, b in itertools.permutations(range(views), 2)) / (2 * len(pairs))
+    torch.testing.assert_close(byol(z, target)["loss"], 2 + 2 * both)
+    # negative control: the whole variance term, not half of it, is what some libraries compute
+    assert abs(vicreg(z, variance=50.0)["loss"] - mean(VICRegLoss())) > 1e-2 * vicreg(z)["variance"]
+
+
+def test_vicreg_is_its_formula_in_float64():
+    z = projections(2)
+    distance = (z[0] - z[1]).square().mean()
+    hinge = sum(F.relu(1 - torch.sqrt(view.var(0) + 1e-4)).mean() for view in z) / 2
+    covariance = sum((torch.cov(v.T) - torch.diag(torch.diag(torch.cov(v.T)))).square().sum() / v.shape[1] for v in z)
+    torch.testing.assert_close(vicreg(z)["loss"], 25 * distance + 25 * hinge + covariance, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+def test_objectives_do_not_depend_on_the_order_of_views_or_images(name):
+    z = projections(4)
+    loss = OBJECTIVES[name](z)["loss"]
+    torch.testing.assert_close(OBJECTIVES[name](z.flip(0))["loss"], loss)
+    torch.testing.assert_close(OBJECTIVES[name](z.flip(1))["loss"], loss)
+    # negative control: images shuffled in one view only are other pairs
+    mixed = torch.cat([z[:1].flip(1), z[1:]])
+    assert OBJECTIVES[name](mixed)["loss"] > loss
+
+
+@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+def test_half_precision_projections_give_float32_losses(name):
+    z = projections(2, 64, 16, dtype=torch.float32).bfloat16()
+    terms = OBJECTIVES[name](z)
+    assert terms["loss"].dtype == torch.float32
+    torch.testing.assert_close(terms["loss"].double(), OBJECTIVES[name](z.double())["loss"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+def test_no_loss_waits_for_two_views_only(name):
+    for views in (2, 3, 8):
+        assert OBJECTIVES[name](projections(views))["loss"].isfinite()
