@@ -1,0 +1,444 @@
+"""Pre-training: the one loop, from a configuration and images to a run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bagssl import runs
+from bagssl.data import Images
+from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projector
+from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.objectives import OBJECTIVES, spread
+from bagssl.patches import Augmentation, augment
+from bagssl.progress import progress_bar
+from bagssl.runs import Run
+
+TRAININGS = ("patch-based", "multi-scale", "untrained")
+OPTIMISERS = ("sgd", "lars", "adamw")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides the weights of a run; nothing about hardware, precision or time.
+
+    `patch-based` cuts square patches of one fixed scale, `multi-scale` random resized crops; both are resized to
+    `size` pixels, so both arms see the same number of crops of the same size. Raises InputError for a value that
+    makes no sense.
+    """
+
+    dataset: str = "synthetic"
+    objective: str = "tcr"
+    training: str = "patch-based"
+    seed: int = 0
+    epochs: float = 10  # passes over the images; each image gives `views` crops per pass
+    views: int = 4
+    batch_size: int = 256  # images per step
+    # crops: scales are fractions of the image's area
+    size: int = 16
+    patch_scale: float = 0.25
+    min_scale: float = 0.2
+    # colour: strengths, then probabilities
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    jitter: float = 0.8
+    grey: float = 0.2
+    blur: float = 0.0
+    solarise: float = 0.0
+    flip: float = 0.5
+    # networks
+    encoder: str = "resnet10"
+    width: int = 16  # a multiple of 8: with fewer channels a CPU's convolutions can corrupt memory (oneDNN, AVX2)
+    projector_hidden: int = 512
+    projector_dim: int = 128
+    # optimisation
+    optimiser: str = "adamw"
+    learning_rate: float = 4e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9  # of sgd and lars
+    warmup: float = 0.1  # fraction of the steps
+    teacher_momentum: float = 0.99  # of BYOL's averaged network, rising to 1 along a cosine
+    options: Mapping[str, float] = field(default_factory=dict)  # the objective's own numbers, by name
+
+    def __post_init__(self):
+        for field_ in dataclasses.fields(self):
+            object.__setattr__(self, field_.name, _typed(field_.name, getattr(self, field_.name), field_.type))
+        _choice("objective", self.objective, OBJECTIVES)
+        _choice("training", self.training, TRAININGS)
+        _choice("encoder", self.encoder, BLOCKS)
+        _choice("optimiser", self.optimiser, OPTIMISERS)
+        for name, low, high in _RANGES:
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} = {getattr(self, name)} is outside {low:g} to {high:g}")
+        if self.width % 8:
+            raise InputError(f"width = {self.width} must be a multiple of 8")
+        allowed = [name for name in inspect.signature(OBJECTIVES[self.objective]).parameters if name not in ("z", "target")]
+        for name, value in self.options.items():
+            if name not in allowed:
+                raise InputError(f"{self.objective} has no option '{name}': it has {', '.join(allowed) or 'none'}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise InputError(f"option {name} = {value!r} of {self.objective} must be a positive number")
+        if self.training == "untrained":  # the rest decides nothing: one run serves every recipe
+            for field_ in dataclasses.fields(self):
+                if field_.name not in _OF_UNTRAINED:
+                    made = field_.default_factory() if field_.default is dataclasses.MISSING else field_.default
+                    object.__setattr__(self, field_.name, made)
+            object.__setattr__(self, "epochs", 0.0)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PretrainConfig:
+        """A configuration from names and values. Raises InputError for a name that does not exist."""
+        names = [field_.name for field_ in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise InputError(f"unknown setting '{name}': there are {', '.join(names)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "options": dict(sorted(self.options.items()))}
+
+    @property
+    def label(self) -> str:
+        """A readable name: it leads the name of the run's folder."""
+        if self.training == "untrained":
+            return f"{self.dataset}-untrained-seed{self.seed}"
+        return f"{self.dataset}-{self.objective}-{self.training}-seed{self.seed}"
+
+    def augmentation(self) -> Augmentation:
+        """The distribution of the training crops."""
+        fixed = self.training != "multi-scale"
+        return Augmentation(
+            scale=(self.patch_scale, self.patch_scale) if fixed else (self.min_scale, 1.0),
+            ratio=(1.0, 1.0) if fixed else (3 / 4, 4 / 3),
+            size=self.size,
+            **{name: getattr(self, name) for name in _COLOUR},
+        )
+
+
+_OF_UNTRAINED = ("dataset", "training", "seed", "size", "patch_scale", "encoder", "width")
+
+_COLOUR = ("flip", "brightness", "contrast", "saturation", "hue", "jitter", "grey", "blur", "solarise")
+
+_RANGES = [
+    ("seed", 0, 2**31 - 1),
+    ("epochs", 0, 1e6),
+    ("views", 2, 1024),
+    ("batch_size", 2, 2**20),
+    ("size", 4, 1024),
+    ("patch_scale", 1e-3, 1),
+    ("min_scale", 1e-3, 1),
+    *((name, 0, 10) for name in ("brightness", "contrast", "saturation")),
+    ("hue", 0, 0.5),
+    *((name, 0, 1) for name in ("jitter", "grey", "blur", "solarise", "flip", "momentum", "warmup", "teacher_momentum")),
+    *((name, 1, 2**16) for name in ("width", "projector_hidden", "projector_dim")),
+    ("learning_rate", 1e-12, 1e3),
+    ("weight_decay", 0, 1e3),
+]
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    """`value` as `kind`; whole numbers pass as floats, nothing else is converted."""
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind.startswith("Mapping") and isinstance(value, Mapping):
+        return {key: float(number) if isinstance(number, int) else number for key, number in value.items()}
+    wanted = {"float": "a finite number", "int": "a whole number", "str": "a word"}.get(kind, "a mapping of names to numbers")
+    raise InputError(f"{name} = {value!r} must be {wanted}")
+
+
+def _choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise InputError(f"unknown {name} '{value}': choose one of {', '.join(choices)}")
+
+
+def pretrain(
+    config: PretrainConfig,
+    images: Images,
+    root: Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    time_limit: float | None = None,
+    checkpoint_every: float = 60.0,
+    progress: bool = True,
+) -> Run:
+    """The finished run of `config` on `images`: trained, or resumed, or found in the store at `root`.
+
+    Stopped by Ctrl-C, SIGTERM or after `time_limit` seconds ($BAGSSL_DEADLINE, in Unix time, counts as well), it
+    writes a checkpoint and raises Stopped (killed, it goes on from the checkpoint of at most `checkpoint_every` seconds
+    before); the next call goes on from there and ends, on a CPU, with the weights of a
+    run that was never stopped, to the bit. Raises Diverged when a loss term is not finite or the projections collapse,
+    InputError when there are fewer images than one batch holds.
+    """
+    if len(images) < config.batch_size and config.epochs:
+        raise InputError(f"{len(images)} images do not fill one batch of {config.batch_size}: lower batch_size")
+    device = torch.device(pick_device(device))
+    run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
+    if run.finished:
+        return run
+    with runs.locked(run):
+        if not run.finished:  # it may have been finished while we waited
+            dtype = pick_precision(precision, device)
+            _train(config, images, run, device, dtype, _deadline(time_limit), checkpoint_every, progress)
+    return run
+
+
+def load_encoder(run: Run, device: str | torch.device = "cpu") -> nn.Module:
+    """The run's encoder in evaluation mode: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim]."""
+    config = PretrainConfig.from_dict(run.config)
+    encoder = build_encoder(config.encoder, config.width)
+    return _load(encoder, run, "encoder.").to(device)
+
+
+def load_projector(run: Run, device: str | torch.device = "cpu") -> nn.Module:
+    """The run's projector in evaluation mode: h [batch, dim] -> z [batch, projector_dim]."""
+    config = PretrainConfig.from_dict(run.config)
+    width = build_encoder(config.encoder, config.width).dim
+    projector = build_projector(config.objective, width, config.projector_hidden, config.projector_dim)
+    return _load(projector, run, "projector.").to(device)
+
+
+def _load(module: nn.Module, run: Run, prefix: str) -> nn.Module:
+    tensors = run.weights()
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+    return module.eval()
+
+
+def pick_device(name: str) -> str:
+    """'auto' is CUDA where there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of the convolutions: 'auto' is bf16 where the hardware multiplies it, else fp32."""
+    if name not in ("auto", "bf16", "fp32"):
+        raise InputError(f"unknown precision '{name}': choose one of auto, bf16, fp32")
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if native else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def learning_rate_at(step: int, steps: int, config: PretrainConfig) -> float:
+    """Linear warm-up over the first `warmup` of the steps, then half a cosine down to zero."""
+    warm = config.warmup * steps
+    if step < warm:
+        return config.learning_rate * (step + 1) / (warm + 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def _train(
+    config: PretrainConfig,
+    images: Images,
+    run: Run,
+    device: torch.device,
+    dtype: torch.dtype,
+    deadline: float,
+    checkpoint_every: float,
+    progress: bool,
+) -> None:
+    steps_per_epoch = len(images) // config.batch_size
+    steps = round(config.epochs * steps_per_epoch)
+    crops_per_step = config.batch_size * config.views
+    log_every = max(1, steps // 200)
+
+    model = _model(config).to(device, memory_format=torch.channels_last)
+    teacher = copy.deepcopy(nn.ModuleList([model.encoder, model.projector])) if config.objective == "byol" else None
+    optimiser = _optimiser(config, model)
+    pixels = images.pixels.to(device)
+    augmentation = config.augmentation()
+    generator = torch.Generator(device)
+    objective = OBJECTIVES[config.objective]
+
+    step, history, seconds, sums = 0, [], 0.0, {}
+    state = runs.load_checkpoint(run, device)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        if teacher is not None:
+            teacher.load_state_dict(state["teacher"])
+        step, history, seconds, sums = state["step"], state["history"], state["seconds"], state["sums"]
+
+    def checkpoint() -> None:
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "sums": sums}
+        state |= {"step": step, "history": history, "seconds": seconds}
+        runs.save_checkpoint(run, state | ({"teacher": teacher.state_dict()} if teacher is not None else {}))
+
+    model.train()
+    order, order_epoch = None, -1
+    clock = saved = time.monotonic()
+    logged = step
+    with _signals() as stop, progress_bar(steps * crops_per_step, step * crops_per_step, config.label, progress) as bar:
+        while step < steps:
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = torch.randperm(len(images), generator=_seeded(config.seed, 0, epoch)).to(device), epoch
+            batch = pixels[order[position * config.batch_size :][: config.batch_size]]
+            # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
+            patches = augment(batch, config.views, augmentation, _seeded(config.seed, 1, step, generator))
+
+            rate = learning_rate_at(step, steps, config)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                # the views go through in one pass and share their batch-norm statistics
+                z = model.project(patches)
+                with torch.no_grad():
+                    target = (_project(*teacher, patches),) if teacher is not None else ()
+            terms = objective(z.float(), *(t.float() for t in target), **config.options)
+            terms["spread"] = spread(z.detach())
+            optimiser.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            optimiser.step()
+            if teacher is not None:
+                decay = 1 - (1 - config.teacher_momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                _average(teacher, nn.ModuleList([model.encoder, model.projector]), decay)
+
+            step += 1
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            if step % log_every == 0 or step == steps:
+                means = torch.stack(list(sums.values())).cpu() / ((step - 1) % log_every + 1)  # the only wait for the device
+                means = dict(zip(sums, means.tolist(), strict=True))
+                _check(means, step, steps, config)
+                now = time.monotonic()
+                seconds, elapsed, clock = seconds + now - clock, now - clock, now
+                row = {"step": step, "epoch": step / steps_per_epoch, "crops": step * crops_per_step, "learning_rate": rate}
+                row["crops_per_second"] = round((step - logged) * crops_per_step / max(elapsed, 1e-9), 1)
+                history.append({**row, **means})
+                sums, logged = {}, step
+                bar(step * crops_per_step, f"loss {means['loss']:.3f}")
+            if stop or time.time() > deadline:
+                now = time.monotonic()
+                seconds, clock = seconds + now - clock, now
+                checkpoint()
+                raise Stopped(
+                    f"{config.label} stopped at step {step} of {steps}; the next call goes on from there",
+                    interrupted=signal.SIGINT in stop,
+                )
+            if time.monotonic() - saved > checkpoint_every:
+                checkpoint()
+                saved = time.monotonic()
+
+    metrics = {
+        "steps": steps,
+        "epochs": steps / max(steps_per_epoch, 1),
+        "crops": steps * crops_per_step,
+        "images": len(images),
+        "final": {name: history[-1][name] for name in terms_of(history)},
+        "seconds": round(seconds, 3),
+    }
+    settings = {"seed": config.seed, "data": images.fingerprint, "device": str(device), "precision": str(dtype).removeprefix("torch.")}
+    runs.finish(run, model.state_dict(), history, metrics, {**runs.provenance(), **settings, "wall_seconds": round(seconds, 3)})
+
+
+def terms_of(history: list[dict[str, float]]) -> list[str]:
+    """The names of the loss terms among a history's columns."""
+    columns = ("step", "epoch", "crops", "learning_rate", "crops_per_second")
+    return [name for name in history[0] if name not in columns] if history else []
+
+
+class _Model(nn.Module):
+    """Encoder, projector and, for BYOL, predictor: patches [views, batch, 3, s, s] -> z [views, batch, dim]."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None):
+        super().__init__()
+        self.encoder, self.projector, self.predictor = encoder, projector, predictor
+
+    def project(self, patches: Tensor) -> Tensor:
+        z = _project(self.encoder, self.projector, patches)
+        return z if self.predictor is None else self.predictor(z.flatten(0, 1)).view_as(z)
+
+
+def _model(config: PretrainConfig) -> _Model:
+    encoder = build_encoder(config.encoder, config.width, config.seed)
+    projector = build_projector(
+        config.objective, encoder.dim, config.projector_hidden, config.projector_dim, config.seed
+    )
+    byol = config.objective == "byol"
+    predictor = build_predictor(config.projector_dim, config.projector_hidden, config.seed) if byol else None
+    return _Model(encoder, projector, predictor)
+
+
+def _project(encoder: nn.Module, projector: nn.Module, patches: Tensor) -> Tensor:
+    views, batch = patches.shape[:2]
+    flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return projector(encoder(flat)).view(views, batch, -1)
+
+
+def _optimiser(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Biases and batch-norm's scales are neither decayed nor, by LARS, rescaled."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+    from lightly.utils.lars import LARS
+
+    return LARS(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+@torch.no_grad()
+def _average(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, in place; batch-norm's statistics are copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+def _check(means: dict[str, float], step: int, steps: int, config: PretrainConfig) -> None:
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{config.label}: '{name}' is {value} at step {step}: lower learning_rate ({config.learning_rate})")
+    if step > 0.2 * steps and means["spread"] < 1e-3:
+        raise Diverged(
+            f"{config.label}: collapsed at step {step}: 'spread' is {means['spread']:.1e}, all projections are alike"
+        )
+
+
+def _seeded(seed: int, purpose: int, index: int, generator: torch.Generator | None = None) -> torch.Generator:
+    """A generator whose stream belongs to (seed, purpose, index) alone."""
+    generator = generator or torch.Generator()
+    return generator.manual_seed((seed << 32) + (purpose << 31) + index)
+
+
+def _deadline(time_limit: float | None) -> float:
+    limit = math.inf if time_limit is None else time.time() + time_limit
+    return min(limit, float(os.environ.get("BAGSSL_DEADLINE") or math.inf))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """While training, SIGINT and SIGTERM only ask for a stop: the list holds those that came."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

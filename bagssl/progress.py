@@ -1,0 +1,69 @@
+"""One live line for long work: tqdm's bar in a terminal, one self-replacing line in a notebook (also by papermill)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+@contextmanager
+def progress_bar(total: int, done: int, label: str, enabled: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """Yield `update(done, note)`. Without a terminal or a notebook (a log file) nothing is printed."""
+    if not enabled or total <= 0:
+        yield lambda done, note="": None
+    elif in_notebook():
+        yield from _in_notebook(total, label)
+    else:
+        bar = tqdm(total=total, initial=done, desc=label, unit=" crops", unit_scale=True, dynamic_ncols=True, leave=False,
+                   mininterval=0.5, disable=None)  # fmt: skip
+
+        def update(done: int, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
+
+        with bar:
+            yield update
+
+
+def in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _in_notebook(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
+    from IPython.display import display
+
+    def line(done: int, note: str) -> dict[str, str]:
+        share = done / total
+        text = f"{label}  {share:4.0%}  {note}"
+        return {
+            "text/plain": text,
+            "text/html": f'<progress value="{share:.3f}" max="1"></progress> <code>{text}</code>',
+        }
+
+    handle = display(line(0, ""), raw=True, display_id=True)
+    shown = started = time.monotonic()
+
+    def update(done: int, note: str = "") -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 0.5:
+            shown = now
+            left = (now - started) * (total - done) / max(done, 1)
+            content = line(done, f"{note}  about {left / 60:.0f} min left" if left > 60 else note)
+            handle.update(content, raw=True)
+            if file := os.environ.get("BAGSSL_PROGRESS"):  # the batch shows it in the terminal
+                Path(file).write_text(content["text/plain"])
+
+    try:
+        yield update
+    finally:
+        handle.update({"text/plain": "", "text/html": ""}, raw=True)  # a finished bar says nothing

@@ -1,0 +1,218 @@
+"""The store of trained models: a configuration and the data's fingerprint give one key and one folder.
+
+    results/runs/cifar10-tcr-patch-based-seed0-3f2a...
+        config.json          the configuration, the recipe version and the data's fingerprint: what the key is made of
+        checkpoint.pt        while training: everything needed to go on, to the bit
+        history.csv          one row per log interval: step, crops, learning rate, throughput, named loss terms
+        weights.safetensors  encoder and projector
+        metrics.json         crops seen, last loss terms, SHA-256 of the weights: written last, so it marks the end
+        provenance.json      commit, versions, hardware, precision, wall time
+        evaluations/         accuracies measured on the run, one file per protocol
+
+A finished folder can be copied to another machine and used there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from bagssl.errors import InputError
+from bagssl.paths import home, runs_root, write_atomically
+
+# Raised when the meaning of training changes, so that old runs are not taken for new ones.
+RECIPE = 1
+
+
+def run_key(config: dict[str, Any], fingerprint: str) -> str:
+    """The key of a run: SHA-256 over recipe version, configuration and data, shortened to 16 hexadecimal digits."""
+    identity = {"recipe": RECIPE, "config": config, "data": fingerprint}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder of the store."""
+
+    path: Path
+
+    @property
+    def key(self) -> str:
+        return self.path.name.rsplit("-", 1)[-1]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")["config"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return read_json(self.path / "metrics.json")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return read_json(self.path / "provenance.json")
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """One row per log interval, numbers as floats."""
+        with open(self.path / "history.csv", newline="") as stream:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "metrics.json").exists()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors of encoder and projector, by name. Raises InputError when the file is not the one written."""
+        from safetensors.torch import load
+
+        path = self.path / "weights.safetensors"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; delete the folder to train the run again") from error
+        if hashlib.sha256(content).hexdigest() != self.metrics["weights_sha256"]:
+            raise InputError(f"{path} is damaged (its SHA-256 differs); delete the folder to train the run again")
+        return load(content)
+
+
+def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | None = None) -> Run:
+    """The run of `config` on the data with `fingerprint`; its folder is made, `label` leads its name."""
+    key = run_key(config, fingerprint)
+    run = Run((root or runs_root()) / f"{label}-{key}")
+    path = run.path / "config.json"
+    if not path.exists():
+        write_json(path, {"recipe": RECIPE, "config": config, "data": fingerprint})
+    return run
+
+
+def list_runs(root: Path | None = None) -> list[Run]:
+    """Every run of the store, by name."""
+    root = root or runs_root()
+    return [Run(path.parent) for path in sorted(root.glob("*/config.json"))]
+
+
+@contextlib.contextmanager
+def locked(run: Run, say=lambda message: print(message, file=sys.stderr, flush=True)) -> Iterator[None]:
+    """Hold the run: whoever else wants it waits. The system frees the lock when its holder dies."""
+    lock = FileLock(run.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{run.path.name} is being trained by another process: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def save_checkpoint(run: Run, state: dict[str, Any]) -> None:
+    with write_atomically(run.path / "checkpoint.pt") as path:
+        torch.save(state, path)
+
+
+def load_checkpoint(run: Run, device: torch.device) -> dict[str, Any] | None:
+    """The state to go on from, or None. A damaged checkpoint counts as none: training starts again."""
+    path = run.path / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+        print(f"{path} cannot be read ({type(error).__name__}): training starts again", file=sys.stderr)
+        return None
+
+
+def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metrics: dict, provenance: dict) -> None:
+    """Write what a finished run holds; metrics.json goes last and marks the run as finished."""
+    from safetensors.torch import save
+
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    with write_atomically(run.path / "weights.safetensors") as path:
+        path.write_bytes(content)
+    with write_atomically(run.path / "history.csv") as path, open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(history[0]) if history else ["step"])
+        writer.writeheader()
+        writer.writerows(history)
+    write_json(run.path / "provenance.json", provenance)
+    write_json(run.path / "metrics.json", {**metrics, "weights_sha256": hashlib.sha256(content).hexdigest()})
+    (run.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError, in one line, when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: not JSON ({error})") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: commit and whether the checkout was changed, versions, hardware, time (UTC)."""
+    commit, dirty = _commit()
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "hardware": hardware(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+_PACKAGES = ("bagssl", "torch", "torchvision", "lightly", "numpy")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores in use, and the GPU's name if there is one."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": _processor(), "cores": torch.get_num_threads(), "gpu": gpu}
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(home()), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        # results are what is being made: they do not count as a change of the code
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!results"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None

@@ -1,0 +1,230 @@
+"""The one loop: it resumes to the bit, trains once, stops with a reason, and refuses senseless settings."""
+
+import itertools
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagssl import pretraining, runs
+from bagssl.data import load
+from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.pretraining import PretrainConfig, learning_rate_at, load_encoder, load_projector, pretrain
+
+TINY = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "projector_hidden": 16, "projector_dim": 8, "epochs": 3}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load("synthetic", "train").take(torch.arange(0, 4000, 50))  # 80 images: 5 steps an epoch
+
+
+def train(images, root, **how):
+    settings = {name: how.pop(name) for name in list(how) if name in PretrainConfig.__dataclass_fields__}
+    return pretrain(PretrainConfig(**{**TINY, **settings}), images, root, progress=False, **how)
+
+
+def same_weights(a, b):
+    a, b = a.weights(), b.weights()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("objective", ["tcr", "simclr", "vicreg", "byol", "barlow"])
+@pytest.mark.parametrize("training", ["patch-based", "multi-scale"])
+def test_every_objective_trains_on_three_views(images, tmp_path, objective, training):
+    run = train(images, tmp_path, objective=objective, training=training, views=3, epochs=1)
+    history = run.history
+    assert run.finished and run.metrics["crops"] == 5 * 16 * 3 == history[-1]["crops"]
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    assert load_encoder(run)(torch.rand(2, 3, 8, 8)).shape == (2, 64)
+    assert load_projector(run)(torch.rand(2, 64)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "lars", "adamw"])
+def test_the_loss_falls(images, tmp_path, optimiser):
+    rate = {"sgd": 0.03, "lars": 0.3, "adamw": 4e-3}[optimiser]
+    run = train(images, tmp_path, optimiser=optimiser, learning_rate=rate, epochs=12, objective="simclr")
+    losses = [row["loss"] for row in run.history]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_a_finished_run_is_reused_and_its_key_has_no_hardware_in_it(images, tmp_path):
+    first = train(images, tmp_path)
+    written = (first.path / "metrics.json").stat().st_mtime_ns
+    again = train(images, tmp_path, precision="bf16", time_limit=1e9)
+    assert again.key == first.key and (again.path / "metrics.json").stat().st_mtime_ns == written
+    assert train(images, tmp_path, seed=1).key != first.key
+    assert train(images.take(torch.arange(64)), tmp_path).key != first.key
+    assert {"commit", "dirty", "versions", "hardware", "seed", "data", "precision", "wall_seconds"} <= set(first.provenance)
+
+
+def test_the_recipe_version_is_part_of_the_key(images, tmp_path, monkeypatch):
+    first = train(images, tmp_path)
+    monkeypatch.setattr(runs, "RECIPE", runs.RECIPE + 1)
+    assert train(images, tmp_path).key != first.key
+
+
+def test_same_seed_same_weights(images, tmp_path):
+    assert same_weights(train(images, tmp_path / "a"), train(images, tmp_path / "b"))
+    assert not same_weights(train(images, tmp_path / "a"), train(images, tmp_path / "a", seed=1))
+
+
+@pytest.mark.parametrize("objective", ["tcr", "byol"])
+def test_stopped_at_every_step_it_ends_with_the_same_weights(images, tmp_path, objective):
+    straight = train(images, tmp_path / "straight", objective=objective)
+    for stops in itertools.count(1):
+        try:
+            stopped = train(images, tmp_path / "stopped", objective=objective, time_limit=0)
+            break
+        except Stopped as stop:
+            assert f"step {stops} of 15" in str(stop) and not stop.interrupted
+    assert stops == 16
+    assert same_weights(straight, stopped)
+    columns = [name for name in straight.history[0] if name != "crops_per_second"]
+    for a, b in zip(straight.history, stopped.history, strict=True):
+        assert [a[name] for name in columns] == [b[name] for name in columns]
+    assert not (stopped.path / "checkpoint.pt").exists()
+
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from bagssl import pretraining
+from bagssl.data import load
+from bagssl.errors import Stopped
+trained = pretraining._train
+def told(*arguments):
+    print("training", flush=True)
+    return trained(*arguments)
+pretraining._train = told
+images = load("synthetic", "train").take(torch.arange(0, 4000, 50))
+config = pretraining.PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=16)
+try:
+    pretraining.pretrain(config, images, Path(sys.argv[1]), progress=False, checkpoint_every=0)
+except Stopped as stop:
+    sys.exit(130 if stop.interrupted else 3)
+"""
+
+
+def child(root):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(root)], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finished_run(root):
+    (run,) = [run for run in runs.list_runs(Path(root)) if run.finished]
+    return run
+
+
+def kill_while_training(root, number, delay):
+    """Start training, wait until it has written a checkpoint of its own, and some time more, then kill it."""
+    process = child(root)
+    process.stdout.readline()
+    started = time.time_ns()
+
+    def wrote():
+        return any(path.stat().st_mtime_ns > started for path in Path(root).glob("*/checkpoint.pt"))
+
+    while process.poll() is None and not wrote():
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(number)
+    return process.wait()
+
+
+def test_killed_at_five_random_moments_it_ends_with_the_same_weights(tmp_path):
+    delays = random.Random(7)
+    codes = [kill_while_training(tmp_path / "killed", signal.SIGKILL, delays.uniform(0, 0.1)) for _ in range(5)]
+    assert codes == [-signal.SIGKILL] * 5  # it was still training each time
+    assert child(tmp_path / "killed").wait() == child(tmp_path / "straight").wait() == 0
+    assert same_weights(finished_run(tmp_path / "killed"), finished_run(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)])
+def test_signals_stop_at_a_checkpoint(tmp_path, number, code):
+    assert kill_while_training(tmp_path, number, 0) == code
+    assert list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_two_processes_at_once_train_one_run(tmp_path):
+    pair = [child(tmp_path), child(tmp_path)]
+    said = [process.communicate()[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert "".join(said).count("training") == 1
+    assert finished_run(tmp_path)
+
+
+def test_a_damaged_checkpoint_means_training_again(images, tmp_path, capsys):
+    straight = train(images, tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(images, tmp_path / "damaged", time_limit=0)
+    (path,) = (tmp_path / "damaged").glob("*/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:100])
+    assert same_weights(straight, train(images, tmp_path / "damaged"))
+    assert "training starts again" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_refused(images, tmp_path):
+    run = train(images, tmp_path)
+    path = run.path / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        load_encoder(run)
+
+
+def test_nan_stops_the_run_and_names_the_term(images, tmp_path):
+    with pytest.raises(Diverged, match="'loss' is nan|'loss' is inf"):
+        train(images, tmp_path, optimiser="sgd", learning_rate=1000.0, objective="vicreg", epochs=20)
+    assert not any(run.finished for run in runs.list_runs(tmp_path))
+
+
+def test_collapse_stops_the_run_and_names_the_term(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "spread", lambda z: torch.zeros(()))
+    with pytest.raises(Diverged, match="collapsed.*'spread'"):
+        train(images, tmp_path)
+
+
+def test_untrained_is_the_seeds_initial_weights_whatever_the_recipe(images, tmp_path):
+    a = train(images, tmp_path, training="untrained")
+    b = train(images, tmp_path, training="untrained", learning_rate=1.0, objective="simclr", views=8)
+    assert a.key == b.key and a.metrics["crops"] == 0
+    assert not same_weights(a, train(images, tmp_path, training="untrained", seed=1))
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = PretrainConfig(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate_at(step, 100, config) for step in range(100)]
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == 1.0 and 0 < rates[-1] < 1e-3
+
+
+def test_too_few_images_for_a_batch(images, tmp_path):
+    with pytest.raises(InputError, match="batch"):
+        train(images, tmp_path, batch_size=81)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"objective": "tcrr"}, {"training": "patches"}, {"encoder": "vit"}, {"optimiser": "adam"}, {"views": 1},
+        {"views": 2.5}, {"epochs": -1}, {"epochs": math.nan}, {"learning_rate": 0}, {"learning_rate": "1e-3"},
+        {"batch_size": 1}, {"batch_size": True}, {"patch_scale": 0}, {"patch_scale": 1.5}, {"min_scale": -0.1},
+        {"hue": 0.6}, {"grey": 2}, {"seed": -1}, {"size": 2}, {"width": 0}, {"warmup": 1.1}, {"weight_decay": -1},
+        {"options": {"temperature": 0.1}}, {"options": {"invariance": -1}}, {"options": 3}, {"vieuws": 4},
+        {"objective": "simclr", "options": {"temperature": "hot"}},
+    ],
+)  # fmt: skip
+def test_senseless_settings_are_refused_in_one_line(wrong):
+    with pytest.raises(InputError) as error:
+        PretrainConfig.from_dict(wrong)
+    assert "\n" not in str(error.value) and next(iter(wrong)) in str(error.value).replace("option ", "options ")
