@@ -1,0 +1,182 @@
+"""A bag: the mean embedding of K patches of an image, for all K in one pass over the patches.
+
+Nothing is resized but what the encoder's input asks for, and nothing is coloured: evaluation sees pixels as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from bagssl import patches
+from bagssl.errors import InputError
+from bagssl.progress import progress_bar
+
+BATCH = {"cpu": 256, "cuda": 4096}  # crops: what stays in a processor's cache, what fills a GPU
+
+
+def embed_bags(
+    encoder: nn.Module,
+    pixels: Tensor,
+    ks: Sequence[int],
+    *,
+    scale: float,
+    size: int,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    batch: int | None = None,
+    progress: bool = False,
+) -> dict[int, Tensor]:
+    """The mean embedding of the first K of max(ks) random patches of each image, for each K in `ks`.
+
+    encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is.
+    pixels: uint8 [N, 3, H, W], on any device. scale: the patches' share of the image's area. K = 0 is the centre
+    crop: the whole image, once. The patches follow from `seed` alone: bags are nested (the patches of K = 4 are the
+    first of those of K = 16) and independent of `batch`, which counts the crops embedded at a time.
+    device: where to embed, by default where the encoder lies. Returns {K: float32 [N, dim]} on the CPU.
+
+    Raises InputError for no K or one below 0, a scale outside (0, 1], or no images.
+    """
+    ks = list(dict.fromkeys(ks))
+    if not ks or any(k < 0 or k != int(k) for k in ks):
+        raise InputError(f"K must be a list of whole numbers of at least 0, not {ks}: 0 is the centre crop")
+    if not 0 < scale <= 1:
+        raise InputError(
+            f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area"
+        )
+    embed, device, batch = _prepare(encoder, pixels, device, batch)
+    count, most, done, bags = len(pixels), max(ks), 0, {}
+    with progress_bar(count * (most + (0 in ks)), 0, "embed", progress) as update:
+        if 0 in ks:
+            whole = [embed(patches.centre_crop(part.to(device), size)).cpu() for part in pixels.split(batch)]
+            bags[0] = torch.cat(whole)
+            update(done := count, "")
+        before = 0
+        for images, start, h in _chunks(
+            embed, pixels, _boxes(pixels, most, scale, seed), size, device, batch
+        ):
+            total = h.cumsum(dim=0) + (before if start else 0)
+            before = total[-1]
+            for k in ks:
+                if start < k <= start + len(h):
+                    bags.setdefault(k, torch.empty(count, h.shape[2]))[images] = total[k - start - 1] / k
+            update(done := done + h.shape[0] * h.shape[1], "")
+    return {k: bags[k] for k in ks}
+
+
+def patch_embeddings(
+    encoder: nn.Module,
+    pixels: Tensor,
+    boxes: Tensor,
+    size: int,
+    *,
+    device: torch.device | str | None = None,
+    batch: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The embedding of each of K boxes in each image, as float32 [K, N, dim] on the CPU.
+
+    boxes: whole numbers [K, N, 4] (top, left, height, width); the rest as in `embed_bags`.
+    """
+    embed, device, batch = _prepare(encoder, pixels, device, batch)
+    if boxes.ndim != 3 or boxes.shape[1:] != (len(pixels), 4) or not len(boxes):
+        raise ValueError(
+            f"boxes must be [patches, {len(pixels)}, 4] for {len(pixels)} images, not {list(boxes.shape)}"
+        )
+    done, embeddings = 0, None
+    with progress_bar(boxes.shape[0] * boxes.shape[1], 0, "embed", progress) as update:
+        for images, start, h in _chunks(embed, pixels, boxes, size, device, batch):
+            if embeddings is None:
+                embeddings = torch.empty(*boxes.shape[:2], h.shape[2])
+            embeddings[start : start + len(h), images] = h
+            update(done := done + h.shape[0] * h.shape[1], "")
+    return embeddings
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, in which each batch-norm that follows a convolution has become part of it.
+
+    Exact but for rounding: conv then (x - mean) / deviation * gain + shift is one affine map. Pairs are those of
+    torchvision's ResNets: neighbours in a Sequential, and neighbours called convN and bnN in any other module. Such
+    names are a convention, not a proof of the order in which a foreign module calls them: compare its outputs.
+    """
+    module = copy.deepcopy(module).eval()
+    for parent in module.modules():
+        children = list(parent.named_children())
+        for (name, conv), (other, norm) in itertools.pairwise(children):
+            pair = isinstance(parent, nn.Sequential) or name.startswith("conv") and other == "bn" + name[4:]
+            if pair and type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, other, nn.Identity())
+    return module
+
+
+def _prepare(
+    encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None
+) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
+    """The function crops [M, 3, s, s] -> float32 [M, dim], the device it works on, and crops per batch."""
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
+        raise InputError(
+            f"images must be uint8 [images, 3, height, width], one at least, not {pixels.dtype} "
+            f"{list(pixels.shape)}"
+        )
+    if device is None:
+        device = next((parameter.device for parameter in encoder.parameters()), "cpu")
+    device = torch.device(device)
+    batch = BATCH.get(device.type, BATCH["cuda"]) if batch is None else batch
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    plain = copy.deepcopy(encoder).eval().to(device, memory_format=torch.channels_last)
+    folded = fold_batch_norm(plain)
+    checked = False
+
+    @torch.inference_mode()
+    def embed(crops: Tensor) -> Tensor:
+        nonlocal folded, checked
+        crops = crops.contiguous(memory_format=torch.channels_last)
+        if not checked:  # an encoder of a foreign make may not call its layers in the order of their names
+            checked, expected = True, plain(crops[:4])
+            if not (folded(crops[:4]) - expected).norm() <= 1e-2 * expected.norm():
+                folded = plain
+        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
+            return folded(crops).float()
+
+    return embed, device, batch
+
+
+def _boxes(pixels: Tensor, count: int, scale: float, seed: int) -> Tensor:
+    """Boxes [count, N, 4] of all images, drawn patch by patch: as small numbers, a quarter of the memory."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = torch.empty(count, len(pixels), 4, dtype=torch.int16)
+    for patch in boxes:
+        patch.copy_(patches.evaluation_boxes(1, len(pixels), *pixels.shape[2:], scale, generator)[0])
+    return boxes
+
+
+def _chunks(
+    embed: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    boxes: Tensor,
+    size: int,
+    device: torch.device,
+    batch: int,
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Which images, the first patch, and the embeddings [patches, images, dim] of a chunk of at most `batch` crops.
+
+    All patches of some images, then of the next, so that each image is read once; where one image has more patches
+    than a batch, its patches come in order.
+    """
+    rounds = max(1, min(len(boxes), batch))
+    for first in range(0, pixels.shape[0], batch // rounds):
+        images = pixels[first : first + batch // rounds].to(device)
+        for start in range(0, len(boxes), rounds):
+            chunk = boxes[start : start + rounds, first : first + len(images)].long()
+            image = torch.arange(len(images)).repeat(len(chunk))
+            h = embed(patches.crop(images, chunk.flatten(0, 1), size, image=image))
+            yield slice(first, first + len(images)), start, h.view(*chunk.shape[:2], -1)

@@ -1,0 +1,90 @@
+"""A finished run measured: bags of its embeddings, then probes; the protocol and its result stay with the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from bagssl import runs
+from bagssl.bags import embed_bags
+from bagssl.data import Images
+from bagssl.errors import InputError
+from bagssl.pretraining import load_encoder, load_projector, pick_device
+from bagssl.probes import knn, linear
+from bagssl.runs import Run
+
+PROBES = {"knn": knn, "linear": linear}
+PROTOCOL = 1  # raised when the meaning of an evaluation changes
+
+
+def evaluate(
+    run: Run,
+    train: Images,
+    test: Images,
+    ks: Sequence[int],
+    *,
+    probes: Sequence[str] = ("knn", "linear"),
+    features: Sequence[str] = ("h",),
+    scale: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Accuracy of `run` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
+
+    Patches are cut at `scale` (fraction of the area; the run's own patch scale by default) without colour and shown
+    to the encoder at the size it was trained on. Returns one row per feature, K and probe: accuracy, low and high in
+    per cent, the probe's settings, and which test images were right (`unpack_correct`). A protocol that was measured before on this run is read from its folder.
+    Raises InputError for an unknown probe or feature.
+    """
+    for name, words, known in (("probe", probes, PROBES), ("feature", features, ("h", "z"))):
+        if unknown := [word for word in words if word not in known]:
+            raise InputError(f"unknown {name} '{unknown[0]}': choose among {', '.join(known)}")
+    config = run.config
+    protocol = {
+        "protocol": PROTOCOL, "ks": sorted(set(ks)), "probes": sorted(probes), "features": sorted(features),
+        "scale": scale or config["patch_scale"], "size": config["size"], "seed": seed,
+        "train": train.fingerprint, "test": test.fingerprint, "weights": run.metrics["weights_sha256"],
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    path = run.path / "evaluations" / f"{key}.json"
+    if not path.exists():
+        device = pick_device(device)
+        rows = [row for feature in protocol["features"] for row in _measure(run, train, test, protocol, feature, device, progress)]
+        runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
+    return runs.read_json(path)["rows"]
+
+
+def _measure(
+    run: Run, train: Images, test: Images, protocol: dict[str, Any], feature: str, device: str, progress: bool
+) -> list[dict[str, Any]]:
+    encoder = load_encoder(run, device)
+    if feature == "z":
+        encoder = nn.Sequential(encoder, load_projector(run, device))
+    how = {"scale": protocol["scale"], "size": protocol["size"], "device": device, "progress": progress}
+    # other patches for the test images than for the training images
+    bags = embed_bags(encoder, train.pixels, protocol["ks"], seed=protocol["seed"], **how)
+    bags_test = embed_bags(encoder, test.pixels, protocol["ks"], seed=protocol["seed"] + 1, **how)
+    rows = []
+    for k in protocol["ks"]:
+        for probe in protocol["probes"]:
+            result = PROBES[probe](bags[k].to(device), train.labels.to(device), bags_test[k].to(device), test.labels.to(device))
+            rows.append(
+                {"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
+                 "high": result.high, "settings": result.settings, "correct": _pack(result.correct)}
+            )  # fmt: skip
+    return rows
+
+
+def _pack(correct: Tensor) -> str:
+    return np.packbits(correct.numpy()).tobytes().hex()
+
+
+def unpack_correct(packed: str, count: int) -> np.ndarray:
+    """Which of `count` test images were classified rightly, bool [count], from a row of `evaluate`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), np.uint8), count=count).astype(bool)

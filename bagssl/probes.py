@@ -1,0 +1,288 @@
+"""Two questions put to frozen features: k nearest neighbours (Wu et al. 2018), and a linear classifier.
+
+Features are [images, dim], labels [images]; both probes run where the features lie (CPU or CUDA). Nothing that a
+probe chooses depends on the test labels: they are read once, to count what is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bagssl.errors import InputError
+
+RESAMPLES = 1000
+STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """Top-1 accuracy in per cent, with its 95 % bootstrap interval over the test images."""
+
+    value: float
+    low: float
+    high: float
+    correct: Tensor  # bool [images], CPU
+    predicted: Tensor  # int64 [images], CPU
+    settings: dict  # what the probe was and what it chose; plain numbers, ready for JSON
+
+
+def knn(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> Accuracy:
+    """Vote of the k nearest training images by cosine similarity s, each with weight exp(s / temperature).
+
+    Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", section 3.4. k is
+    clipped to the number of training images; equal votes go to the smaller label. In fp32, in blocks of test
+    images whose similarities take 64 MiB.
+
+    Raises InputError for features or labels that cannot be probed, ValueError for k or temperature out of range.
+    """
+    if k < 1 or not temperature > 0:
+        raise ValueError(f"k must be at least 1 and temperature above 0, not {k} and {temperature}")
+    classes, targets = _check(train, train_labels, test, test_labels)
+    k = min(k, len(train))
+    bank, queries = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
+    predicted = []
+    for block in queries.split(max(1, 2**24 // len(bank))):
+        similarity, nearest = (block @ bank.T).topk(k, dim=1, sorted=False)
+        # less the largest, so that a low temperature does not overflow: the order of the votes stays
+        weight = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
+        votes = weight.new_zeros(len(block), len(classes)).scatter_add_(1, targets[nearest], weight)
+        predicted.append(classes[votes.argmax(dim=1)])
+    settings = {"probe": "knn", "metric": "cosine", "k": k, "temperature": temperature}
+    return _accuracy(torch.cat(predicted), test_labels, settings)
+
+
+def linear(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    regularisations: Sequence[float] = STRENGTHS,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> Accuracy:
+    """Multinomial logistic regression on standardised features, with its strength chosen on held-out images.
+
+    Minimises mean cross-entropy + strength / 2 * |weights|^2, the intercept free: a strength is 1 / (C n) in the
+    terms of scikit-learn, n being the number of training images. Each strength is fitted to 1 - `held_out` of
+    every class and judged on the rest; the best (of equals the strongest) is fitted again to all. While the best
+    lies at an end of the grid, the grid grows by a factor of 10, three times at most; settings["at_end"] says
+    that it lies there still. One strength alone is taken as it is.
+
+    Raises InputError for features or labels that cannot be probed, ValueError for senseless strengths or shares.
+    """
+    grid = sorted({float(strength) for strength in regularisations}, reverse=True)
+    if not grid or not (grid[-1] > 0 and grid[0] < float("inf")):
+        raise ValueError(f"regularisations must be positive and finite, not {tuple(regularisations)}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must lie between 0 and 1, not {held_out}")
+    classes, targets = _check(train, train_labels, test, test_labels)
+    chosen, start, settings = grid[0], None, {}
+    if len(grid) > 1:
+        judged = _held_out(targets, held_out, seed)
+        if not judged.any():
+            raise InputError(
+                "no class has the two training images that choosing a regularisation takes: add images"
+            )
+        chosen, start, scores = _choose(train.float(), targets, len(classes), judged, grid)
+        tried = sorted(scores, reverse=True)
+        settings = {
+            "grid": tried,
+            "held_out_accuracy": [scores[s] for s in tried],
+            "held_out_images": int(judged.sum()),
+            "at_end": chosen in (tried[0], tried[-1]),
+        }
+    # in double precision, where the line search sees past rounding
+    weights, last = _fit(train.double(), targets, len(classes), chosen, start, 1e-6)
+    predicted = torch.cat(
+        [classes[_logits(block.double(), weights).argmax(dim=1)] for block in test.split(2**14)]
+    )
+    strength = {"probe": "linear", "regularisation": chosen, "C": 1 / (chosen * len(train))}
+    return _accuracy(predicted, test_labels, {**strength, **settings, **last})
+
+
+def difference(a: Accuracy, b: Accuracy, seed: int = 0) -> tuple[float, float, float]:
+    """a - b in points of accuracy on the same test images, with its paired 95 % bootstrap interval.
+
+    Raises ValueError where the two cannot have read the same test images.
+    """
+    if len(a.correct) != len(b.correct) or (a.predicted != b.predicted)[a.correct & b.correct].any():
+        raise ValueError(
+            "a paired difference takes two accuracies over the same test images in the same order"
+        )
+    better = a.correct.numpy().astype(int) - b.correct.numpy().astype(int)
+    return 100 * float(better.mean()), *paired_interval(better, seed)
+
+
+def paired_interval(difference: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval, in points, of the mean of per-image differences -1, 0 or 1 [images].
+
+    A resample of n images is exactly a draw of the multinomial of their shares.
+    """
+    count = len(difference)
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    shares = np.array([better, worse, count - better - worse]) / count
+    draws = np.random.default_rng(seed).multinomial(count, shares, RESAMPLES)
+    low, high = np.percentile(100 * (draws[:, 0] - draws[:, 1]) / count, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _accuracy(predicted: Tensor, labels: Tensor, settings: dict) -> Accuracy:
+    """Resampling n images of which a share p is right counts Binomial(n, p) right ones: exactly the bootstrap."""
+    predicted, labels = predicted.cpu(), labels.cpu()
+    correct = predicted == labels
+    count, share = len(correct), correct.double().mean().item()
+    draws = np.random.default_rng(0).binomial(count, share, RESAMPLES)
+    low, high = np.percentile(100 * draws / count, (2.5, 97.5))
+    return Accuracy(100 * share, float(low), float(high), correct, predicted, settings)
+
+
+def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes seen in training, ascending, and each training image's place among them."""
+    for name, features, labels in (("training", train, train_labels), ("test", test, test_labels)):
+        if features.ndim != 2 or labels.shape != features.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"{name} features must be [images, dim] and labels integers [images], "
+                f"not {tuple(features.shape)} and {labels.dtype} {tuple(labels.shape)}"
+            )
+        if not features.numel():
+            raise InputError(f"there are no {name} features to probe: give at least one image")
+        if not torch.isfinite(features).all():
+            wrong = int((~torch.isfinite(features)).any(dim=1).sum())
+            raise InputError(
+                f"{wrong} of {len(features)} {name} images have NaN or infinite features: "
+                "the encoder has diverged, train it again with a lower learning rate"
+            )
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(
+            f"training features have {train.shape[1]} dimensions and test features {test.shape[1]}"
+        )
+    classes, targets = train_labels.to(train.device).unique(return_inverse=True)
+    if len(classes) < 2:
+        raise InputError("the training images are all of one class: a probe needs two or more")
+    return classes, targets
+
+
+def _held_out(targets: Tensor, share: float, seed: int) -> Tensor:
+    """A mask [images] of about `share` of each class, at least one image of each class that has two."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(targets), generator=generator)
+    mask = torch.zeros(len(targets), dtype=torch.bool)
+    for label in range(int(targets.max()) + 1):
+        members = order[targets.cpu()[order] == label]
+        mask[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return mask.to(targets.device)
+
+
+def _choose(
+    x: Tensor, y: Tensor, classes: int, judged: Tensor, grid: list[float]
+) -> tuple[float, Tensor, dict]:
+    """The strength that is best on the judged images, its weights, and the accuracy in per cent of each tried."""
+    mean, scale = _standard(x[~judged])
+    solve = _solver((x[~judged] - mean) / scale, y[~judged], classes)
+    scores, weights = {}, {}
+
+    def judge(strength: float, start: Tensor | None) -> None:
+        weights[strength], _ = solve(strength, start, 1e-4)
+        right = _logits((x[judged] - mean) / scale, weights[strength]).argmax(dim=1) == y[judged]
+        scores[strength] = 100 * right.double().mean().item()
+
+    # from strong to weak, each from where the last ended
+    for last, strength in zip([None, *grid], grid):
+        judge(strength, weights.get(last))
+    best = max(scores, key=lambda strength: (scores[strength], strength))
+    for _ in range(3):
+        if best not in (max(scores), min(scores)):
+            break
+        further = best * 10 if best == max(scores) else best / 10
+        judge(further, weights[best])
+        best = max(scores, key=lambda strength: (scores[strength], strength))
+    return best, weights[best], scores
+
+
+def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each feature; a feature that does not vary keeps its scale."""
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
+    return mean, torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
+
+
+def _logits(x: Tensor, weights: Tensor) -> Tensor:
+    return torch.addmm(weights[:, -1], x, weights[:, :-1].T)
+
+
+def _fit(
+    x: Tensor, y: Tensor, classes: int, strength: float, start: Tensor | None, tolerance: float
+) -> tuple[Tensor, dict]:
+    """Logistic regression on features that are standardised here: weights [classes, dim + 1] for them as they are."""
+    mean, scale = _standard(x)
+    start = None if start is None else start.to(x)
+    weights, last = _solver((x - mean) / scale, y, classes)(strength, start, tolerance)
+    slopes = weights[:, :-1] / scale
+    return torch.cat([slopes, weights[:, -1:] - slopes @ mean[:, None]], dim=1), last
+
+
+def _solver(
+    x: Tensor, y: Tensor, classes: int
+) -> Callable[[float, Tensor | None, float], tuple[Tensor, dict]]:
+    """The function strength, start, tolerance -> weights [classes, dim + 1], and how the descent ended.
+
+    Full-batch L-BFGS. Along the principal axes of the features the Hessian of the first step is diagonal, variance /
+    classes + strength, and stays near it; scaled by its root the problem takes tens of evaluations, not thousands.
+    """
+    count, dim = x.shape
+    variance, axes = torch.linalg.eigh(x.T @ x / count)
+    rotated = (
+        axes.T @ x.T
+    )  # one class or feature per row: thin products several times faster than with one per column
+    images = torch.arange(count, device=x.device)
+
+    def solve(strength: float, start: Tensor | None, tolerance: float) -> tuple[Tensor, dict]:
+        scale = x.new_full((dim + 1,), classes**0.5)
+        scale[:-1] = (variance.clamp_min(0) / classes + strength).rsqrt()
+        point = x.new_zeros(classes, dim + 1)
+        if start is not None:
+            point = torch.cat([start[:, :-1] @ axes, start[:, -1:]], dim=1) / scale
+
+        def loss() -> Tensor:
+            weights = point * scale
+            slopes, intercepts = weights[:, :-1], weights[:, -1:]
+            log_p = torch.addmm(intercepts, slopes, rotated).log_softmax(dim=0)
+            value = -log_p[y, images].double().mean() + strength / 2 * slopes.double().square().sum()
+            residual = log_p.exp_()
+            residual[y, images] -= 1
+            gradient = torch.cat([residual @ rotated.T, residual.sum(dim=1, keepdim=True)], dim=1) / count
+            gradient[:, :-1] += strength * slopes
+            point.grad = gradient * scale
+            return value
+
+        descent = torch.optim.LBFGS(
+            [point],
+            max_iter=500,
+            max_eval=1000,
+            history_size=20,
+            tolerance_grad=tolerance,
+            tolerance_change=tolerance**2,
+            line_search_fn="strong_wolfe",
+        )
+        descent.step(loss)
+        loss()  # the line search may have ended with another point's gradient
+        last = {"gradient": point.grad.abs().max().item(), "evaluations": descent.state[point]["func_evals"]}
+        weights = point * scale
+        weights = torch.cat([weights[:, :-1] @ axes.T, weights[:, -1:]], dim=1)
+        return weights, last
+
+    return solve

@@ -1,0 +1,266 @@
+"""The probes against scikit-learn's, and against the mistakes that move a published figure."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from bagssl import probes
+from bagssl.errors import InputError
+
+CLASSES = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For hundreds of small products a second thread is only something to wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
+
+
+def features(count: int, seed: int, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping classes with correlated features of very different sizes, as an encoder's are."""
+    world = torch.Generator().manual_seed(0)
+    centres, mix = torch.randn(CLASSES, dim, generator=world), torch.randn(dim, dim, generator=world)
+    sizes = 10 ** torch.linspace(-2, 1, dim)
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (count,), generator=draw)
+    return (centres[labels] * 0.6 + torch.randn(count, dim, generator=draw)) @ mix * sizes + sizes, labels
+
+
+TRAIN, TEST = features(700, 1), features(300, 2)
+
+
+def cosine_neighbours(k: int, temperature: float, metric: str = "cosine") -> np.ndarray:
+    vote = KNeighborsClassifier(
+        k, metric=metric, algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
+    )
+    return vote.fit(*(part.numpy() for part in TRAIN)).predict(TEST[0].numpy())
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (200, 0.1), (200, 0.07), (700, 0.02)])
+def test_knn_predicts_what_scikit_learn_predicts(k, temperature):
+    ours = probes.knn(*TRAIN, *TEST, k=k, temperature=temperature)
+    assert np.array_equal(ours.predicted.numpy(), cosine_neighbours(k, temperature))
+
+
+def test_knn_is_neither_euclidean_nor_of_another_temperature():
+    ours = probes.knn(*TRAIN, *TEST).predicted.numpy()
+    assert not np.array_equal(ours, cosine_neighbours(200, 0.1, metric="euclidean"))
+    assert not np.array_equal(ours, cosine_neighbours(200, 0.02))
+
+
+def test_knn_sees_directions_only_and_clips_k():
+    ours = probes.knn(*TRAIN, *TEST, k=5000, temperature=1e-3)  # exp(1 / T) alone would overflow
+    lengths = torch.rand(len(TRAIN[0]), 1, generator=torch.Generator().manual_seed(3)) + 0.5
+    assert ours.settings["k"] == 700
+    assert torch.equal(
+        ours.predicted, probes.knn(TRAIN[0] * lengths, *TRAIN[1:], *TEST, k=700, temperature=1e-3).predicted
+    )
+    itself = probes.knn(*TRAIN, *TRAIN, k=1)
+    assert itself.value == itself.low == itself.high == 100
+
+
+def test_knn_does_not_depend_on_how_the_test_set_is_cut():
+    whole = probes.knn(*TRAIN, *TEST).predicted
+    single = [probes.knn(*TRAIN, TEST[0][i : i + 1], TEST[1][i : i + 1]).predicted for i in range(40)]
+    assert torch.equal(whole[:40], torch.cat(single))
+
+
+def probabilities(strength: float) -> torch.Tensor:
+    weights, last = probes._fit(TRAIN[0].double(), TRAIN[1], CLASSES, strength, None, 1e-6)
+    assert last["gradient"] < 1e-6
+    return probes._logits(TEST[0].double(), weights).softmax(dim=1)
+
+
+def reference(strength: float, standardise: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    scale = StandardScaler(with_mean=standardise, with_std=standardise).fit(TRAIN[0].double().numpy())
+    model = LogisticRegression(
+        C=1 / (strength * len(TRAIN[0])), tol=1e-7, max_iter=1000 if standardise else 100
+    )
+    model.fit(scale.transform(TRAIN[0].double().numpy()), TRAIN[1].numpy())
+    x = scale.transform(TEST[0].double().numpy())
+    return model.predict_proba(x), model.predict(x)
+
+
+@pytest.mark.parametrize("strength", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_linear_is_the_logistic_regression_of_scikit_learn(strength):
+    expected, predicted = reference(strength)
+    assert np.abs(probabilities(strength).numpy() - expected).max() < 1e-3
+    ours = probes.linear(*TRAIN, *TEST, regularisations=[strength])
+    assert np.array_equal(ours.predicted.numpy(), predicted)
+    assert ours.value == pytest.approx(100 * (predicted == TEST[1].numpy()).mean())
+
+
+def test_standardising_matters():
+    with warnings.catch_warnings(action="ignore"):  # nor does it converge in time
+        expected, _ = reference(1e-1, standardise=False)
+    assert np.abs(probabilities(1e-1).numpy() - expected).max() > 0.05
+
+
+def test_linear_does_not_depend_on_the_units_of_a_feature():
+    units = 10 ** torch.linspace(-3, 3, TRAIN[0].shape[1])
+    plain = probes.linear(*TRAIN, *TEST)
+    scaled = probes.linear(TRAIN[0] * units + 5 * units, TRAIN[1], TEST[0] * units + 5 * units, TEST[1])
+    assert (plain.predicted == scaled.predicted).float().mean() > 0.99
+    assert plain.settings["regularisation"] == scaled.settings["regularisation"]
+
+
+def test_dead_and_doubled_features_do_no_harm():
+    def widen(x):
+        return torch.cat([x, x[:, :2], torch.full((len(x), 1), 0.1), torch.zeros(len(x), 1)], dim=1)
+
+    ours = probes.linear(widen(TRAIN[0]), TRAIN[1], widen(TEST[0]), TEST[1])
+    assert abs(ours.value - probes.linear(*TRAIN, *TEST).value) < 2
+
+
+def test_held_out_images_are_a_tenth_of_each_class_and_nothing_is_fitted_to_them():
+    mask = probes._held_out(TRAIN[1], 0.1, seed=0)
+    for label in range(CLASSES):
+        assert mask[TRAIN[1] == label].sum() == round(0.1 * int((TRAIN[1] == label).sum()))
+    assert torch.equal(mask, probes._held_out(TRAIN[1], 0.1, seed=0))
+    assert not torch.equal(mask, probes._held_out(TRAIN[1], 0.1, seed=1))
+
+    # held-out images of another size, so that their statistics would be seen; fitted to the others alone
+    x = torch.where(mask[:, None], TRAIN[0] * 20, TRAIN[0])
+    ours = probes._choose(x, TRAIN[1], CLASSES, mask, [1e-1])[2][1e-1]
+    fitted, judged = (part.numpy() for part in (x[~mask], x[mask]))
+    scale = StandardScaler().fit(fitted)
+    model = LogisticRegression(C=1 / (1e-1 * len(fitted)), tol=1e-7, max_iter=1000)
+    model.fit(scale.transform(fitted), TRAIN[1][~mask].numpy())
+    assert ours == pytest.approx(100 * model.score(scale.transform(judged), TRAIN[1][mask].numpy()))
+
+
+def test_of_equal_strengths_the_strongest_is_chosen_and_the_grid_grows_where_the_best_is_at_its_end():
+    grid = sorted(probes.linear(*TRAIN, *TEST).settings["grid"])
+    assert set(probes.STRENGTHS) <= set(grid)
+    easy = torch.eye(CLASSES).repeat(40, 1)
+    labels = torch.arange(CLASSES).repeat(40)
+    tied = probes.linear(easy, labels, easy, labels, regularisations=[1e-2, 1e-3])
+    assert tied.settings["held_out_accuracy"] == [100.0] * len(tied.settings["grid"])
+    assert tied.settings["regularisation"] == max(tied.settings["grid"]) == pytest.approx(10)
+    assert tied.settings["at_end"]
+    inner = probes.linear(*TRAIN, *TEST, regularisations=[100, 10])
+    assert min(inner.settings["grid"]) < 10 and inner.settings["regularisation"] < 10
+
+
+@pytest.mark.parametrize("probe", [probes.knn, probes.linear])
+def test_test_labels_change_the_score_and_nothing_else(probe):
+    honest = probe(*TRAIN, *TEST)
+    shuffled = probe(
+        *TRAIN, TEST[0], TEST[1][torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    )
+    assert torch.equal(honest.predicted, shuffled.predicted) and honest.settings == shuffled.settings
+    assert honest.value > shuffled.value + 20
+
+
+@pytest.mark.parametrize("probe", [probes.knn, probes.linear])
+def test_shuffled_training_labels_give_chance(probe):
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    chance = probe(TRAIN[0], TRAIN[1][order], *TEST)
+    assert abs(chance.value - 100 / CLASSES) < 10 < probe(*TRAIN, *TEST).value - 100 / CLASSES
+
+
+@pytest.mark.parametrize("probe", [probes.knn, probes.linear])
+def test_labels_may_have_any_names_and_features_any_precision(probe):
+    plain = probe(*TRAIN, *TEST)
+    renamed = probe(TRAIN[0].double(), 7 * TRAIN[1] - 3, TEST[0].double(), 7 * TEST[1] - 3)
+    assert renamed.value == plain.value and torch.equal(renamed.predicted, 7 * plain.predicted - 3)
+
+
+def test_the_interval_is_the_bootstrap():
+    ours = probes.linear(*TRAIN, *TEST)
+    rows = np.random.default_rng(1).integers(300, size=(4000, 300))
+    expected = np.percentile(100 * ours.correct.numpy()[rows].mean(axis=1), (2.5, 97.5))
+    assert np.abs(np.array([ours.low, ours.high]) - expected).max() < 1
+    assert ours.low < ours.value < ours.high
+    assert ours.value == pytest.approx(100 * ours.correct.double().mean().item())
+    assert torch.equal(ours.correct, ours.predicted == TEST[1])
+
+
+def test_the_paired_difference_is_the_bootstrap_over_the_same_images():
+    a, b = probes.linear(*TRAIN, *TEST), probes.knn(*TRAIN, *TEST)
+    value, low, high = probes.difference(a, b)
+    per_image = 100 * (a.correct.double() - b.correct.double()).numpy()
+    rows = np.random.default_rng(1).integers(300, size=(4000, 300))
+    expected = np.percentile(per_image[rows].mean(axis=1), (2.5, 97.5))
+    assert value == pytest.approx(a.value - b.value) and low < value < high
+    assert np.abs(np.array([low, high]) - expected).max() < 1
+    assert probes.difference(a, a) == (0, 0, 0)
+    opposite = probes.difference(b, a)
+    assert opposite[0] == pytest.approx(-value)
+    # unpaired, the interval would be wider
+    rng = np.random.default_rng(2)
+    apart = [
+        100 * (rng.choice(a.correct.numpy(), 300).mean() - rng.choice(b.correct.numpy(), 300).mean())
+        for _ in range(1000)
+    ]
+    assert high - low < np.subtract(*np.percentile(apart, (97.5, 2.5)))
+
+
+def test_a_difference_over_other_images_is_refused():
+    a, b = probes.knn(*TRAIN, *TEST), probes.knn(*TRAIN, TEST[0].flip(0), TEST[1].flip(0))
+    with pytest.raises(ValueError, match="same test images"):
+        probes.difference(a, b)
+    with pytest.raises(ValueError, match="same test images"):
+        probes.difference(a, probes.knn(*TRAIN, TEST[0][:9], TEST[1][:9]))
+
+
+def with_value(x: torch.Tensor, value: float) -> torch.Tensor:
+    return x.index_put((torch.tensor([3]), torch.tensor([0])), torch.tensor(value))
+
+
+@pytest.mark.parametrize("probe", [probes.knn, probes.linear])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            (with_value(TRAIN[0], float("nan")), TRAIN[1], *TEST),
+            InputError,
+            "1 of 700 training images have NaN",
+        ),
+        ((*TRAIN, with_value(TEST[0], float("inf")), TEST[1]), InputError, "1 of 300 test images have NaN"),
+        ((TRAIN[0], TRAIN[1] * 0, *TEST), InputError, "all of one class"),
+        ((TRAIN[0][:0], TRAIN[1][:0], *TEST), InputError, "no training features"),
+        ((*TRAIN, TEST[0][:0], TEST[1][:0]), InputError, "no test features"),
+        ((TRAIN[0][:9], TRAIN[1], *TEST), ValueError, r"integers \[images\]"),
+        ((TRAIN[0], TRAIN[1].float(), *TEST), ValueError, r"integers \[images\]"),
+        ((*TRAIN, TEST[0][:, :5], TEST[1]), ValueError, "12 dimensions and test features 5"),
+    ],
+)
+def test_senseless_features_are_named(probe, arguments, error, message):
+    with pytest.raises(error, match=message):
+        probe(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("probe", "options"),
+    [
+        (probes.knn, {"k": 0}),
+        (probes.knn, {"temperature": 0}),
+        (probes.linear, {"regularisations": []}),
+        (probes.linear, {"regularisations": [0.1, 0]}),
+        (probes.linear, {"regularisations": [float("nan"), 1]}),
+        (probes.linear, {"held_out": 1}),
+    ],
+)
+def test_senseless_options_are_refused(probe, options):
+    with pytest.raises(ValueError):
+        probe(*TRAIN, *TEST, **options)
+
+
+def test_one_image_of_each_class_leaves_nothing_to_hold_out():
+    x, y = torch.eye(3), torch.arange(3)
+    with pytest.raises(InputError, match="two training images"):
+        probes.linear(x, y, x, y)
+    assert probes.linear(x, y, x, y, regularisations=[1e-3]).value == 100
