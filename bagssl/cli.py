@@ -1,0 +1,214 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a time limit, 130 by Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from bagssl import __version__
+from bagssl.errors import Diverged, InputError, Stopped
+
+# Every command imports what it needs when it runs: `bagssl --help` waits for no torch.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def duration(text: str) -> float:
+    """Seconds: 90, 90s, 9m, 1h30m."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    parts = match.groups(default="0") if match else ("0", "0", "0")
+    seconds = sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90s, 9m or 1h30m")
+    return seconds
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def assignments(texts: Sequence[str]) -> dict[str, str]:
+    """name=value, several of them, to a mapping; the values stay text until their type is known."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--set {text!r} is not name=value")
+        if name in found:
+            raise InputError(f"--set {name} is given twice")
+        found[name] = value
+    return found
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first row as header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    from bagssl import experiments
+
+    return experiments.reproduce(arguments.experiment, arguments.profile, assignments(arguments.set),
+                                 jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
+
+
+def list_experiments(arguments: argparse.Namespace) -> int:
+    from bagssl import experiments
+
+    rows = [("EXPERIMENT", "PROFILE", "STATE", "COST", "NOTEBOOK", "PAPER")]
+    for experiment in experiments.load_experiments().values():
+        for profile, details in experiment.profiles.items():
+            state = experiments.state(experiments.plan(experiment, profile, fetch=False))
+            notebook = experiment.notebook.name
+            rows.append((experiment.name, profile, state, details.cost, notebook, experiment.artefact))
+    print(table(rows))
+    return 0
+
+
+def data_list(arguments: argparse.Namespace) -> int:
+    from bagssl import data
+
+    columns = ("name", "state", "train", "test", "classes", "size", "source")
+    rows = [[str(row[name] if row[name] is not None else "") for name in columns] for row in data.status()]
+    print(table([[name.upper() for name in columns], *rows]))
+    return 0
+
+
+def data_get(arguments: argparse.Namespace) -> int:
+    from bagssl import data
+
+    print(data.get(arguments.name))
+    return 0
+
+
+def data_add(arguments: argparse.Namespace) -> int:
+    from bagssl import data
+
+    print(data.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force))
+    return 0
+
+
+def data_check(arguments: argparse.Namespace) -> int:
+    from bagssl import data
+
+    data.check(arguments.name)
+    print(f"{arguments.name}: as it was written")
+    return 0
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from bagssl import data, pretraining
+    from bagssl.experiments import conform
+
+    types = {field.name: str(field.type) for field in fields(pretraining.PretrainConfig)}
+    given: dict[str, Any] = assignments(arguments.set)
+    for name in ("dataset", "objective", "training", "seed"):
+        if getattr(arguments, name) is not None:
+            if name in given:
+                raise InputError(f"{name} is given twice: --{name} and --set {name}")
+            given[name] = getattr(arguments, name)
+    typed = {name: conform(name, value, _plain(types[name])) if name in types else value
+             for name, value in given.items()}
+    config = pretraining.PretrainConfig.from_dict(typed)
+    run = pretraining.pretrain(config, data.load(config.dataset, "train"), time_limit=arguments.time_limit)
+    print(os.path.relpath(run.path))
+    return 0
+
+
+def _plain(annotation: str) -> str:
+    return "dict" if annotation.startswith("Mapping") else annotation
+
+
+def notebooks(arguments: argparse.Namespace) -> int:
+    from bagssl import experiments
+
+    return experiments.refresh_notebooks(arguments.notebook)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    text = "Regenerates the tables and figures of arXiv 2206.08954."
+    codes = "Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by the time limit, 130 by Ctrl-C."
+    parser = _Parser(prog="bagssl", description=text, epilog=codes, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"bagssl {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+
+    def command(name: str, run, text: str, group=commands) -> argparse.ArgumentParser:
+        made = group.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    made = command("reproduce", reproduce, "Execute notebooks into results/; what is fresh is kept.")
+    made.add_argument("experiment", nargs="*", help="names from `bagssl list`; none: all with the profile")
+    made.add_argument("--profile", default="smoke", help="smoke (default), laptop or paper")
+    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
+    made.add_argument("--jobs", type=positive, default=1, metavar="N", help="notebooks side by side")
+    made.add_argument("--fresh", action="store_true", help="execute even what is fresh")
+    made.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+
+    command("list", list_experiments, "Show experiments: paper artefact, notebook, cost per profile, state.")
+
+    made = command("data", None, "List, fetch, add and check datasets.")
+    actions = made.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
+    command("list", data_list, "Show the datasets, and which are here.", actions)
+    command("get", data_get, "Download cifar10 or cifar100.", actions).add_argument("name")
+    made = command("add", data_add, "Read train/CLASS/*.png and test/CLASS/*.png into the cache.", actions)
+    made.add_argument("name")
+    made.add_argument("path", help="the folder that holds train/ and test/")
+    made.add_argument("--size", type=positive, help="resize to this side in pixels")
+    made.add_argument("--force", action="store_true", help="replace a dataset of this name")
+    made = command("check", data_check, "Recompute the SHA-256 of a cached dataset.", actions)
+    made.add_argument("name")
+
+    made = command("pretrain", pretrain, "Train one encoder, or find it trained; prints its folder.")
+    made.add_argument("--dataset", help="a name from `bagssl data list`")
+    made.add_argument("--objective", help="tcr, simclr, vicreg, byol, barlow")
+    made.add_argument("--training", help="patch-based or multi-scale")
+    made.add_argument("--seed", help="a whole number")
+    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
+    made.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+
+    made = command("notebooks", notebooks, "Execute notebooks/ with their defaults, in place.")
+    made.add_argument("notebook", nargs="*", help="file names; none means all")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. What is no error of the user's, and not foreseen, is raised: a bug."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        code = arguments.run(arguments)
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+        return code
+    except InputError as error:
+        return _say(f"{error}", 2)
+    except Stopped as error:
+        return _say(f"{error}", 130 if error.interrupted else 3)
+    except Diverged as error:
+        return _say(f"{error}", 1)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _say(message: str, code: int) -> int:
+    print(f"bagssl: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

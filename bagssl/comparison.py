@@ -1,0 +1,141 @@
+"""The comparison of claim C2: arms of one objective that differ only in their crops, over seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student_t
+
+from bagssl.data import Images
+from bagssl.evaluation import evaluate, unpack_correct
+from bagssl.paths import results_root
+from bagssl.pretraining import PretrainConfig, pretrain
+from bagssl.probes import paired_interval
+from bagssl.runs import Run
+
+COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
+
+
+def arms(
+    objectives: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Mapping[str, Any],
+    overrides: Mapping[str, Mapping[str, Any]],
+    trainings: Sequence[str] = ("patch-based", "multi-scale"),
+) -> list[PretrainConfig]:
+    """One configuration per objective, training and seed, and an untrained encoder per seed.
+
+    `overrides` maps an objective to the settings in which its recipe differs, the same for both of its arms.
+    Raises InputError for a setting that does not exist.
+    """
+    trained = [
+        PretrainConfig.from_dict(
+            {**recipe, **overrides.get(objective, {}), "objective": objective, "training": training, "seed": seed}
+        )
+        for objective in objectives
+        for training in trainings
+        for seed in seeds
+    ]
+    untrained = [PretrainConfig.from_dict({**recipe, "training": "untrained", "seed": seed}) for seed in seeds]
+    return trained + untrained
+
+
+def train_all(configs: Sequence[PretrainConfig], images: Images, **how: Any) -> list[Run]:
+    """The finished run of each configuration; what the store holds is not trained again."""
+    return [pretrain(config, images, **how) for config in configs]
+
+
+def measure_all(runs: Sequence[Run], train: Images, test: Images, ks: Sequence[int], **how: Any) -> pd.DataFrame:
+    """One row per run, K, probe and feature: accuracy with its bootstrap interval (low, high), in per cent."""
+    rows = []
+    for run in runs:
+        config = run.config
+        name = "none" if config["training"] == "untrained" else config["objective"]
+        arm = {"objective": name, "training": config["training"], "seed": config["seed"], "crops": run.metrics["crops"]}
+        for row in evaluate(run, train, test, ks, **how):
+            rows.append({**arm, **{key: value for key, value in row.items() if key != "settings"}})
+    return pd.DataFrame(rows)
+
+
+def over_seeds(measured: pd.DataFrame) -> pd.DataFrame:
+    """The tidy table: mean and standard deviation (n - 1) over seeds; low and high are kept for a single seed."""
+    by = ["objective", "training", "k", "probe", "feature"]
+    groups = measured.groupby(by, sort=False)
+    table = groups.agg(
+        accuracy_mean=("accuracy", "mean"), accuracy_std=("accuracy", "std"), seeds=("seed", "nunique"),
+        crops=("crops", "first"), low=("low", "mean"), high=("high", "mean"),
+    ).reset_index()  # fmt: skip
+    table.loc[table["seeds"] > 1, ["low", "high"]] = float("nan")
+    return table[[*COLUMNS, "crops", "low", "high"]]
+
+
+def value(table: pd.DataFrame, **where: Any) -> float:
+    """The mean accuracy of the one row that `where` names, in per cent. Raises KeyError when it is not one row."""
+    chosen = table
+    for column, wanted in where.items():
+        chosen = chosen[chosen[column] == wanted]
+    if len(chosen) != 1:
+        raise KeyError(f"{len(chosen)} rows have {where}")
+    return float(chosen["accuracy_mean"].iloc[0])
+
+
+def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFrame:
+    """Claim C2 as differences in points of accuracy, paired, on the embedding h with the largest bag.
+
+    `measured` as from `measure_all` on `images` test images. With several seeds: mean over seeds of the difference
+    and its 95 % t-interval. With one: the paired bootstrap interval over test images. A difference counts when its
+    interval excludes zero (`verdict` above | below | no difference).
+    """
+    largest, smallest = max(ks), min(k for k in ks if k > 0)
+    patch, multi, floor = ("patch-based", largest), ("multi-scale", largest), ("untrained", largest)
+    pairs = [("bag over one patch", patch, ("patch-based", smallest)), ("trained over untrained", patch, floor),
+             ("patch-based bag over multi-scale bag", patch, multi)]  # fmt: skip
+    if 0 in ks:
+        pairs.append(("patch-based bag over multi-scale centre crop", patch, ("multi-scale", 0)))
+    rows = []
+    chosen = measured[measured["feature"] == "h"]
+    for objective in (name for name in chosen["objective"].unique() if name != "none"):
+        for probe in chosen["probe"].unique():
+            for name, first, second in pairs:
+                a, b = (_arm(chosen, objective, probe, *arm) for arm in (first, second))
+                rows.append({"objective": objective, "probe": probe, "gain": name, **_difference(a, b, images)})
+    return pd.DataFrame(rows)
+
+
+def _arm(measured: pd.DataFrame, objective: str, probe: str, training: str, k: int) -> pd.DataFrame:
+    name = "none" if training == "untrained" else objective
+    rows = measured[(measured[["objective", "probe", "training", "k"]] == [name, probe, training, k]).all(axis=1)]
+    return rows.set_index("seed").sort_index()
+
+
+def _difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
+    points = (a["accuracy"] - b["accuracy"]).to_numpy(float)
+    if len(points) > 1:
+        half = student_t.ppf(0.975, len(points) - 1) * points.std(ddof=1) / np.sqrt(len(points))
+        low, high = points.mean() - half, points.mean() + half
+    else:
+        right, wrong = (unpack_correct(rows["correct"].iloc[0], images).astype(int) for rows in (a, b))
+        low, high = paired_interval(right - wrong)
+    verdict = "above" if low > 0 else "below" if high < 0 else "no difference"
+    return {"points": points.mean(), "low": low, "high": high, "seeds": len(points), "verdict": verdict}
+
+
+def sentences(reading: pd.DataFrame) -> str:
+    """The differences as a Markdown list, numbers and verdicts as they stand in `reading`."""
+    how = "95 % t-interval over seeds" if reading["seeds"].max() > 1 else "95 % paired bootstrap over test images"
+    lines = [
+        f"- {row['objective']}, {row['probe']}: {row['gain']}: **{row['points']:+.1f}** points "
+        f"({row['low']:+.1f} to {row['high']:+.1f}), {row['verdict']}"
+        for row in reading.to_dict("records")
+    ]
+    return "\n".join([f"Differences in points of accuracy, with the {how}:", "", *lines])
+
+
+def output_folder(experiment: str) -> Path:
+    """Where a notebook writes its tables and figures: $BAGSSL_OUTPUT from the batch, else results/smoke/<experiment>."""
+    return Path(os.environ.get("BAGSSL_OUTPUT") or results_root() / "smoke" / experiment)

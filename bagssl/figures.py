@@ -1,0 +1,288 @@
+"""One plotting style, and tables that show the paper beside ours.
+
+Frames are tidy: objective, training, k (0 = centre crop), probe, feature, accuracy_mean, accuracy_std, seeds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from bagssl.errors import InputError
+from bagssl.paths import write_atomically
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = {"tcr": "#0072B2", "simclr": "#D55E00", "vicreg": "#009E73", "byol": "#CC79A7", "barlow": "#E69F00"}
+OTHERS = ("#56B4E9", "#8C564B", "#5B5B9A")
+GREY = "#7F7F7F"
+TITLES = {"tcr": "TCR", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL", "barlow": "Barlow Twins",
+          "knn": "kNN", "linear": "Linear probe"}  # fmt: skip
+LINES = {"patch-based": ("-", "o"), "multi-scale": ((0, (4, 1.5)), "s"), "untrained": ("-", "D")}
+DASH = "–"
+
+
+def style() -> None:
+    """Set the one style of all figures: made for 7 inches of width in print."""
+    sns.set_theme(context="paper", style="ticks", rc={
+        "figure.figsize": (7, 3.5), "figure.dpi": 110, "figure.constrained_layout.use": True,
+        "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5,
+        "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.titlelocation": "left",
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
+        "grid.linewidth": 0.6, "axes.edgecolor": "#4D4D4D", "lines.linewidth": 1.6, "lines.markersize": 4.5,
+        "legend.frameon": False, "pdf.fonttype": 42, "image.interpolation": "nearest",
+    })  # fmt: skip
+
+
+def colour(objective: str, training: str = "patch-based") -> str:
+    """The colour of an objective, the same in every figure; grey for what is untrained."""
+    if training == "untrained":
+        return GREY
+    return COLOURS.get(objective) or OTHERS[sum(objective.encode()) % len(OTHERS)]
+
+
+def title(word: str) -> str:
+    """How the word of a table is written in a figure: tcr -> TCR."""
+    return TITLES.get(word, word)
+
+
+# ---- tables
+
+
+def _chosen(frame: pd.DataFrame, feature: str) -> pd.DataFrame:
+    """The rows of one feature; of the untrained encoder, which has no objective, one copy."""
+    rows = frame[frame["feature"] == feature]
+    if rows.empty:
+        raise InputError(f"the table has no row with feature {feature!r}")
+    untrained = rows["training"] == "untrained"
+    copies = rows[untrained].drop_duplicates(["k", "probe"])
+    return pd.concat([rows[~untrained], copies.assign(objective="none")])
+
+
+def _arm(row: Mapping[str, Any]) -> tuple[str, str]:
+    return (DASH if row["training"] == "untrained" else title(row["objective"])), row["training"]
+
+
+def cell(mean: float, std: float = float("nan")) -> str:
+    """`65.0 ± 0.2`; without the ± for a single seed; a dash for what was not measured."""
+    if pd.isna(mean):
+        return DASH
+    return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+
+
+def comparison_table(frame: pd.DataFrame, feature: str = "h") -> pd.DataFrame:
+    """Rows (probe, objective, training), columns centre crop and K; cells `mean ± std` in per cent, as text.
+
+    `**` marks the best cell of each probe and objective: patch-based or multi-scale, and at which K.
+    """
+    chosen = _chosen(frame, feature)
+    best = chosen[chosen["training"] != "untrained"].groupby(["probe", "objective"])["accuracy_mean"].max()
+    rows: dict[tuple, dict[str, str]] = {}
+    for row in chosen.to_dict("records"):
+        text = cell(row["accuracy_mean"], row["accuracy_std"])
+        if row["training"] != "untrained" and row["accuracy_mean"] == best[row["probe"], row["objective"]]:
+            text = f"**{text}**"
+        name = "centre crop" if row["k"] == 0 else f"K = {row['k']}"
+        rows.setdefault((title(row["probe"]), *_arm(row)), {})[name] = text
+    columns = ["centre crop"] * (0 in set(chosen["k"])) + [f"K = {k}" for k in sorted(set(chosen["k"]) - {0})]
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).fillna(DASH)
+    table.index = pd.MultiIndex.from_tuples(rows, names=["probe", "objective", "training"])
+    return table
+
+
+def _texts(table: pd.DataFrame) -> list[list[str]]:
+    """Header and rows as text; a missing number is a dash, other floats have two decimals at most."""
+    named = table.reset_index() if any(name is not None for name in table.index.names) else table
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return DASH if np.isnan(value) else f"{value:.2f}".rstrip("0").rstrip(".")
+        return str(value)
+
+    return [[str(name) for name in named.columns]] + [[text(value) for value in row]
+                                                      for row in named.astype(object).to_numpy().tolist()]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table, columns aligned; a notebook shows it by IPython.display.Markdown."""
+    rows = [[text.replace("|", "\\|") for text in row] for row in _texts(table)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    cells = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def latex(table: pd.DataFrame) -> str:
+    """A LaTeX tabular for booktabs."""
+    def escape(text: str) -> str:
+        text = re.sub(r"([&%$#_{}])", r"\\\1", text)
+        text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
+        return text.replace("±", r"$\pm$").replace(DASH, "--").replace("×", r"$\times$")
+
+    rows = [" & ".join(map(escape, row)) + r" \\" for row in _texts(table)]
+    left = len([name for name in table.index.names if name is not None])
+    columns = "l" * left + "r" * len(table.columns)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
+    return "\n".join([*body, r"\end{tabular}"]) + "\n"
+
+
+def write_table(frame: pd.DataFrame, folder: Path, name: str, table: pd.DataFrame | None = None) -> None:
+    """Write folder/tables/name.csv, the tidy truth, and `table` (by default the frame) as .md and .tex."""
+    shown = frame if table is None else table
+    contents = {"csv": frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+                "md": markdown(shown), "tex": latex(shown)}
+    for suffix, content in contents.items():
+        with write_atomically(Path(folder) / "tables" / f"{name}.{suffix}") as path:
+            path.write_text(content, encoding="utf-8")
+
+
+def paper_values() -> pd.DataFrame:
+    """The verified figures of the paper with their sources; paper_values.csv takes more."""
+    return pd.read_csv(Path(__file__).with_name("paper_values.csv"))
+
+
+def setting(row: Mapping[str, Any]) -> str:
+    """How paper_values.csv names a row of a tidy table: `tcr patch-based k=64 linear h`."""
+    return f"{row['objective']} {row['training']} k={row['k']} {row['probe']} {row['feature']}"
+
+
+def with_paper(frame: pd.DataFrame, artefact: str, dataset: str) -> pd.DataFrame:
+    """Add `paper` and `delta` = ours - paper, in points; empty (shown as a dash) where no value is verified.
+
+    A value belongs to the row whose `setting` column, or else `setting(row)`, it names.
+    """
+    values = paper_values()
+    known = values[(values["artefact"] == artefact) & (values["dataset"] == dataset)]
+    known = dict(zip(known["setting"], known["value"].astype(float), strict=True))
+    names = frame["setting"] if "setting" in frame else [setting(row) for row in frame.to_dict("records")]
+    paper = np.array([known.get(name, np.nan) for name in names], dtype=float)
+    return frame.assign(paper=paper, delta=frame["accuracy_mean"].to_numpy(dtype=float) - paper)
+
+
+# ---- figures
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write folder/figures/name.png (200 dpi) and .pdf, without a date: same figure, same bytes."""
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        with write_atomically(Path(folder) / "figures" / f"{name}.{suffix}") as path:
+            figure.savefig(path, format=suffix, dpi=200, metadata=metadata)
+
+
+def accuracy_against_k(frame: pd.DataFrame, feature: str = "h", heading: str | None = None) -> Figure:
+    """Accuracy of a bag against its number of patches K, one panel per probe, one line per arm.
+
+    Centre crops stand left of K = 1; that of a multi-scale encoder, the usual protocol, goes on as a
+    dotted line. Bars: standard deviation over seeds or, for one seed, from low to high if the frame has them.
+    The heading says what is seen, by default the best arm from its smallest to its largest bag.
+    """
+    chosen = _chosen(frame, feature)
+    ks = sorted(set(chosen["k"]) - {0})
+    if not ks:
+        raise InputError("accuracy_against_k needs at least one K above 0")
+    probes = [probe for probe in ("linear", "knn") if probe in set(chosen["probe"])]
+    figure, axes = plt.subplots(1, len(probes), figsize=(7, 3.5), sharey=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    for axis, probe in zip(axes[0], probes, strict=True):
+        arms = chosen[chosen["probe"] == probe].groupby(["objective", "training"], sort=False)
+        for (objective, training), arm in arms:
+            label = "untrained" if training == "untrained" else f"{title(objective)}, {training}"
+            handles.setdefault(label, _draw_arm(axis, arm, ks, colour(objective, training), training))
+        _k_axis(axis, ks)
+        axis.set_title(title(probe))
+    axes[0][0].set_ylabel("accuracy (%)")
+    if ((chosen["training"] == "multi-scale") & (chosen["k"] == 0)).any():
+        handles["multi-scale, centre crop"] = Line2D([], [], color="#4D4D4D", linestyle=":", linewidth=1.2)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
+    figure.suptitle(heading or _heading(chosen), x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return figure
+
+
+def _draw_arm(axis: Axes, arm: pd.DataFrame, ks: Sequence[int], tint: str, training: str):
+    arm = arm.sort_values("k")
+    line, marker = LINES.get(training, ("-", "o"))
+    fill = tint if training != "multi-scale" else "white"
+
+    def errors(rows: pd.DataFrame) -> np.ndarray:
+        both = np.stack([rows["accuracy_std"], rows["accuracy_std"]]).astype(float)
+        if {"low", "high"} <= set(rows.columns):
+            interval = np.stack([rows["accuracy_mean"] - rows["low"], rows["high"] - rows["accuracy_mean"]])
+            both = np.where(np.isnan(both), interval.astype(float), both)
+        return np.nan_to_num(both)
+
+    bags, centre = arm[arm["k"] > 0], arm[arm["k"] == 0]
+    looks = {"color": tint, "marker": marker, "markerfacecolor": fill, "capsize": 2, "elinewidth": 1}
+    drawn = axis.errorbar(bags["k"], bags["accuracy_mean"], errors(bags), linestyle=line, **looks)
+    if len(centre):
+        axis.errorbar([_centre(ks)], centre["accuracy_mean"], errors(centre), linestyle="none", **looks)
+    if len(centre) and training == "multi-scale":
+        axis.axhline(centre["accuracy_mean"].iloc[0], color=tint, linestyle=":", linewidth=1.2, zorder=1)
+    return drawn
+
+
+def _centre(ks: Sequence[int]) -> float:
+    """Where centre crops stand on the axis of K: left of the smallest, by a fixed part of the axis."""
+    return ks[0] / max(2.0, (ks[-1] / ks[0]) ** 0.18)
+
+
+def _k_axis(axis: Axes, ks: Sequence[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([_centre(ks), *ks], ["centre\ncrop", *map(str, ks)])
+    axis.minorticks_off()
+    margin = (ks[-1] / _centre(ks)) ** 0.06
+    axis.set_xlim(_centre(ks) / margin, ks[-1] * margin)
+    axis.grid(False, axis="x")
+    axis.set_xlabel("K, patches in the bag")
+
+
+def _heading(frame: pd.DataFrame) -> str:
+    """What is seen: the arm that is best with the largest bag, from one patch to all."""
+    trained = frame[(frame["k"] > 0) & (frame["training"] != "untrained")]
+    trained = trained if len(trained) else frame[frame["k"] > 0]
+    largest = trained[trained["k"] == trained["k"].max()]
+    best = largest.loc[largest["accuracy_mean"].idxmax()]
+    arm = ["objective", "training", "probe"]
+    same = trained[(trained[arm] == best[arm]).all(axis=1)]
+    first = same.loc[same["k"].idxmin()]
+    one, many = (f"{row['accuracy_mean']:.1f} % with K = {row['k']}" for row in (first, best))
+    probe = title(best["probe"]).replace("Linear", "linear")
+    return f"{title(best['objective'])}, {best['training']}: {one}, {many} ({probe})"
+
+
+def patch_figure(images: Tensor, boxes: Tensor) -> Figure:
+    """Each image with its patches drawn on it, and beside it the patches cut out, framed in the same colour.
+
+    images: uint8 [N,3,H,W]; boxes: int64 [N,K,4] as top, left, height, width in pixels.
+    """
+    columns = -(-boxes.shape[1] // 2)  # two rows of patches beside each image
+    width = 5 / (2.15 + columns)
+    figure = plt.figure(figsize=(5, 2.1 * width * len(images)))
+    grid = figure.add_gridspec(2 * len(images), 1 + columns, width_ratios=[2.15] + [1] * columns)
+    tints = sns.color_palette("colorblind", boxes.shape[1])
+
+    def panel(place, pixels: np.ndarray) -> Axes:
+        axis = figure.add_subplot(place, xticks=[], yticks=[])
+        axis.imshow(pixels)
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        return axis
+
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        whole = panel(grid[2 * i : 2 * i + 2, 0], image)
+        for j, ((top, left, high, wide), tint) in enumerate(zip(boxes[i].tolist(), tints, strict=True)):
+            corner, place = (left - 0.5, top - 0.5), grid[2 * i + j // columns, 1 + j % columns]
+            whole.add_patch(Rectangle(corner, wide, high, fill=False, color=tint, linewidth=1.8))
+            patch = panel(place, image[top : top + high, left : left + wide])
+            patch.spines[:].set(visible=True, color=tint, linewidth=2.5)
+    return figure

@@ -1,0 +1,167 @@
+"""Wrong input is one clear line and exit code 2; every way to end has its own code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_experiments import write_notebook
+
+import bagssl
+from bagssl import cli, data, experiments, pretraining
+from bagssl.errors import Diverged, InputError, Stopped
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A checkout with one experiment; nothing in it may run."""
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    write_notebook(notebooks / "02.ipynb", ["1"], 'dataset: str = "synthetic"\nepochs: float = 1.0\nks: list[int] = [1]')
+    profiles = {"smoke": {"cost": "1 min", "parameters": {}}, "laptop": {"cost": "1 h", "parameters": {"ks": [4]}}}
+    entry = {"artefact": "claim C2", "notebook": "02.ipynb", "profiles": profiles}
+    (notebooks / "experiments.yaml").write_text(yaml.safe_dump({"patch-vs-multiscale": entry}, sort_keys=False))
+    monkeypatch.setattr(experiments, "home", lambda: tmp_path)
+    monkeypatch.setattr(experiments, "_fingerprint", lambda name: "data")
+
+    def run(*_, **__):
+        raise AssertionError("ran, and should have been refused")
+
+    monkeypatch.setattr(experiments.Kernels, "run", run)
+    monkeypatch.setattr(pretraining, "pretrain", run)
+    monkeypatch.setattr(data, "_download", run)
+    return tmp_path
+
+
+WRONG = [
+    ("", "COMMAND"),
+    ("reproduse", "invalid choice"),
+    ("--verbose", "COMMAND"),
+    ("reproduce patch-vs-multscale", "did you mean 'patch-vs-multiscale'"),
+    ("reproduce --profile desktop", "unknown profile 'desktop'"),
+    ("reproduce patch-vs-multiscale --profile paper", "it has: smoke, laptop"),
+    ("reproduce --set epoch=3", "did you mean 'epochs'"),
+    ("reproduce --set epochs", "not name=value"),
+    ("reproduce --set =3", "not name=value"),
+    ("reproduce --set epochs=many", "parameter epochs must be float"),
+    ("reproduce --set epochs=1 --set epochs=2", "given twice"),
+    ("reproduce --set ks=[1,two]", "parameter ks must be list[int]"),
+    ("reproduce --set dataset=nowhere", "nowhere"),
+    ("reproduce --jobs 0", "--jobs"),
+    ("reproduce --jobs two", "--jobs"),
+    ("reproduce --time-limit soon", "--time-limit"),
+    ("reproduce --time-limit 0", "--time-limit"),
+    ("reproduce --fast", "unrecognized arguments: --fast"),
+    ("list all", "unrecognized arguments: all"),
+    ("data", "COMMAND"),
+    ("data fetch cifar10", "invalid choice"),
+    ("data get", "name"),
+    ("data get imagenet", "imagenet"),
+    ("data add mine", "path"),
+    ("data add mine /no/such/folder", "/no/such/folder"),
+    ("data add mine . --size big", "--size"),
+    ("data add ../mine .", "../mine"),
+    ("data check nowhere", "nowhere"),
+    ("pretrain --dataset nowhere", "nowhere"),
+    ("pretrain --objective tcrr", "tcrr"),
+    ("pretrain --training both", "both"),
+    ("pretrain --seed one", "parameter seed must be int"),
+    ("pretrain --set views=1", "views"),
+    ("pretrain --set epocs=1", "epocs"),
+    ("pretrain --seed 1 --set seed=2", "given twice"),
+    ("notebooks 99_none.ipynb", "99_none.ipynb"),
+]
+
+
+@pytest.mark.parametrize("words, answer", WRONG, ids=[words for words, _ in WRONG])
+def test_wrong_input_is_one_line_and_code_2(words, answer, project, capsys):
+    before = sorted(project.rglob("*"))
+    assert cli.main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1 and err.startswith("bagssl: ") and answer in err, err
+    assert "Traceback" not in out + err
+    assert [path for path in sorted(project.rglob("*")) if path.suffix == ".ipynb" or path in before] == before
+
+
+@pytest.mark.parametrize("error, code", [
+    (InputError("wrong"), 2), (Stopped("at crop 5"), 3), (Stopped("at crop 5", interrupted=True), 130),
+    (Diverged("loss is NaN"), 1), (KeyboardInterrupt(), 130),
+])  # fmt: skip
+def test_each_end_has_its_code(error, code, project, monkeypatch, capsys):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(experiments, "reproduce", run)
+    assert cli.main(["reproduce"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_bug_is_not_hidden(project, monkeypatch):
+    monkeypatch.setattr(experiments, "reproduce", lambda *_, **__: {}["bug"])
+    with pytest.raises(KeyError):
+        cli.main(["reproduce"])
+
+
+def test_reproduce_passes_on_what_was_asked(project, monkeypatch):
+    asked = []
+    monkeypatch.setattr(experiments, "reproduce", lambda *words, **named: asked.append((words, named)) or 0)
+    line = "reproduce a b --profile laptop --set epochs=2 --set name=a=b --jobs 3 --fresh --time-limit 1h30m"
+    assert cli.main(line.split()) == 0
+    assert asked == [((["a", "b"], "laptop", {"epochs": "2", "name": "a=b"}),
+                      {"jobs": 3, "fresh": True, "time_limit": 5400.0})]
+
+
+@pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("9m", 540), ("1h", 3600), ("1m1.5s", 61.5)])
+def test_durations(text, seconds):
+    assert cli.duration(text) == seconds
+
+
+def test_list_shows_each_experiment_and_profile_with_its_state(project, capsys):
+    assert cli.main(["list"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["EXPERIMENT", "PROFILE", "STATE", "COST", "NOTEBOOK", "PAPER"]
+    assert [row.split()[:3] for row in rows] == [["patch-vs-multiscale", "smoke", "missing"],
+                                                 ["patch-vs-multiscale", "laptop", "missing"]]
+    assert "1 h" in rows[1] and "02.ipynb" in rows[1] and "claim C2" in rows[1]
+
+
+def test_data_list_names_the_embedded_data(project, capsys):
+    assert cli.main(["data", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "synthetic" in out and "cifar10" in out and "None" not in out
+
+
+def test_pretrain_reads_settings_in_their_types(project, monkeypatch, capsys):
+    seen = []
+
+    def pretrain(config, images, time_limit):
+        seen.append((config, time_limit))
+        return type("Run", (), {"path": project / "runs" / "one"})
+
+    monkeypatch.setattr(pretraining, "pretrain", pretrain)
+    monkeypatch.setattr(data, "load", lambda name, split: None)
+    line = "pretrain --objective simclr --seed 3 --set epochs=2 --set learning_rate=1e-3 --time-limit 9m"
+    assert cli.main(line.split()) == 0
+    (config, limit), = seen
+    assert (config.objective, config.seed, config.epochs, config.learning_rate, limit) == ("simclr", 3, 2, 1e-3, 540)
+    assert capsys.readouterr().out.strip().endswith("one")
+
+
+def test_help_and_version_need_no_torch():
+    code = "import sys, bagssl.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    for words in (["--version"], ["reproduce", "--help"], ["data", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False,
+                              cwd=Path(bagssl.__file__).parent.parent)
+        assert done.returncode == 0 and not done.stderr and done.stdout
+
+
+def test_a_closed_pipe_is_no_traceback():
+    root = Path(bagssl.__file__).parent.parent
+    process = subprocess.Popen([sys.executable, "-m", "bagssl.cli", "data", "list"], cwd=root, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+    process.stderr.close()

@@ -1,0 +1,274 @@
+"""Experiments run whole or leave what was there: every way to end, every wrong question."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+import yaml
+
+from bagssl import experiments
+from bagssl.errors import InputError
+
+PARAMETERS = """name: str = "x"
+numbers: list[int] = [1, 4]  # several
+rate: float = 0.5
+count: int = 2
+on: bool = False
+options: dict = {}
+limit: float | None = None
+output: str = ""
+"""
+WRITE = """import os, pathlib
+tables = pathlib.Path(os.environ["BAGSSL_OUTPUT"]) / "tables"
+tables.mkdir()
+(tables / "sum.md").write_text(f"{count} {rate} {numbers} {pathlib.Path.cwd().name}")
+print("a"); print("b")"""
+NOTEBOOKS = {
+    "good": [WRITE, "assert count != 13, 'unlucky\\nnumber'"],
+    "killed": ["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"],
+    "left": ["raise SystemExit(0)", "1"],
+    "stopped": ["import os\nassert float(os.environ['BAGSSL_DEADLINE']) > 0",
+                "class Stopped(Exception): ...\nraise Stopped('at crop 100')"],
+    "refused": ["class InputError(ValueError): ...\nraise InputError('epochs = -1 is outside 0 to 10')"],
+    "long": ["import pathlib, os\npathlib.Path(os.environ['BAGSSL_OUTPUT'], 'pid').write_text(str(os.getpid()))",
+             "import time\ntime.sleep(100)"],
+}  # fmt: skip
+
+
+def write_notebook(path: Path, cells: list[str], parameters: str = PARAMETERS) -> None:
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    text = nbformat.v4.new_markdown_cell("# A title")
+    nbformat.write(nbformat.v4.new_notebook(cells=[text, first, *map(nbformat.v4.new_code_cell, cells)]), path)
+
+
+def write_list(folder: Path, **changed) -> None:
+    entries = {name: {"artefact": "Table 1", "notebook": f"{name}.ipynb",
+                      "profiles": {"smoke": {"cost": "1 s", "parameters": {}}}} for name in NOTEBOOKS}
+    entries["good"]["profiles"]["paper"] = {"cost": "1 h, GPU", "parameters": {"count": 3}}
+    (folder / "experiments.yaml").write_text(yaml.safe_dump({**entries, **changed}))
+
+
+@pytest.fixture(scope="module")
+def notebooks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("notebooks")
+    for name, cells in NOTEBOOKS.items():
+        write_notebook(folder / f"{name}.ipynb", cells)
+    write_list(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(notebooks, tmp_path_factory) -> Path:
+    """Five notebooks, two side by side, of which one ends well; `codes.json` holds the exit codes."""
+    folder = tmp_path_factory.mktemp("results")
+    how = {"jobs": 2, "notebooks": notebooks, "results": folder}
+    codes = {"bad": experiments.reproduce(["good", "killed", "left", "refused"], **how),
+             "stopped": experiments.reproduce(["good", "stopped"], time_limit=600, **how)}
+    (folder / "codes.json").write_text(json.dumps(codes))
+    return folder
+
+
+def ended(results: Path, name: str) -> dict:
+    return json.loads((results / "smoke" / f".{name}.failed" / "status.json").read_text())
+
+
+def test_success_leaves_notebook_html_tables_status_and_provenance(results):
+    folder = results / "smoke" / "good"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"good.ipynb", "good.html", "tables/sum.md", "status.json", "provenance.json"}
+    assert not (results / "smoke" / ".good.partial").exists()
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert {"commit", "dirty", "versions", "hardware", "start", "end", "seconds", "parameters", "data",
+            "profile"} <= set(provenance)
+    assert {"python", "torch", "torchvision", "lightly", "papermill"} <= set(provenance["versions"])
+
+
+def test_kernel_runs_in_the_notebooks_folder(results, notebooks):
+    assert (results / "smoke/good/tables/sum.md").read_text() == f"2 0.5 [1, 4] {notebooks.name}"
+
+
+@pytest.mark.parametrize("name, ename", [("killed", "DeadKernelError"), ("left", "SystemExit")])
+def test_a_kernel_that_dies_or_leaves_early_has_failed(results, name, ename):
+    assert json.loads((results / "codes.json").read_text())["bad"] == 1
+    assert ended(results, name)["error"]["ename"] == ename
+    assert (results / f"smoke/.{name}.failed/{name}.ipynb").exists()
+    assert (results / f"smoke/.{name}.failed/log.txt").exists()
+    assert not (results / "smoke" / name).exists()
+
+
+def test_stopped_by_the_time_limit_is_code_3(results):
+    assert json.loads((results / "codes.json").read_text())["stopped"] == 3
+    assert ended(results, "stopped")["state"] == "stopped"
+
+
+def test_parameters_that_the_notebook_refuses_are_code_2(results, capsys):
+    assert ended(results, "refused")["code"] == 2
+
+
+def test_fresh_is_not_run_again_and_a_failure_keeps_the_last_good_results(results, notebooks, capsys):
+    folder, how = results / "smoke" / "good", {"notebooks": notebooks, "results": results}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert experiments.reproduce(["good"], **how) == 0
+    assert "good: fresh" in capsys.readouterr().out
+    assert experiments.reproduce(["good"], overrides={"count": "13"}, **how) == 1
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and "AssertionError: unlucky" in message and ".good.failed" in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_what_makes_results_stale(results, notebooks, tmp_path, monkeypatch):
+    def state(overrides=None, folder=notebooks):
+        good = experiments.load_experiments(folder)["good"]
+        return experiments.state(experiments.plan(good, "smoke", overrides, results=results))
+
+    assert state() == "fresh"
+    assert state({"count": 2}) == "fresh"  # the default, said aloud
+    assert state({"count": 3}) != "fresh"
+    for name, cells in NOTEBOOKS.items():
+        write_notebook(tmp_path / f"{name}.ipynb", cells)
+    write_list(tmp_path)
+    assert state(folder=tmp_path) == "fresh"  # the same cells, other ids
+    write_notebook(tmp_path / "good.ipynb", [*NOTEBOOKS["good"], "1"])
+    assert state(folder=tmp_path) != "fresh"
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "package_hash", lambda: "other sources")
+        assert state() != "fresh"
+    table = results / "smoke/good/tables/sum.md"
+    text = table.read_text()
+    table.write_text("changed by hand")
+    assert state() != "fresh"
+    table.unlink()
+    assert state() != "fresh"
+    table.write_text(text)
+    assert state() == "fresh"
+
+
+def test_data_is_part_of_the_key(notebooks, tmp_path, monkeypatch):
+    write_notebook(tmp_path / "d.ipynb", ["1"], 'dataset: str = "synthetic"\n')
+    entry = {"artefact": "x", "notebook": "d.ipynb", "profiles": {"smoke": {"cost": "1 s", "parameters": {}}}}
+    (tmp_path / "experiments.yaml").write_text(yaml.safe_dump({"d": entry}))
+    experiment = experiments.load_experiments(tmp_path)["d"]
+    monkeypatch.setattr(experiments, "_fingerprint", lambda name: "one")
+    one = experiments.plan(experiment, "smoke")
+    monkeypatch.setattr(experiments, "_fingerprint", lambda name: "two")
+    assert experiments.plan(experiment, "smoke").key != one.key
+    assert one.data == {"synthetic": "one"}
+    with pytest.raises(InputError, match="nowhere"):
+        experiments.plan(experiment, "smoke", {"dataset": "nowhere"})
+
+
+def test_a_swap_that_was_cut_short_is_mended(tmp_path, notebooks, results):
+    good = experiments.load_experiments(notebooks)["good"]
+    stage = experiments.plan(good, "smoke", results=results)
+    os.replace(stage.folder, stage.beside("old"))  # killed between the two renames
+    assert experiments.reproduce(["good"], notebooks=notebooks, results=results) == 0
+    assert experiments.state(stage) == "fresh" and not stage.beside("old").exists()
+
+
+def test_ctrl_c_stops_the_kernel_within_seconds(tmp_path, notebooks):
+    script = ("import sys, pathlib; from bagssl import experiments as e; sys.exit(e.reproduce(['long'], "
+              "notebooks=pathlib.Path(sys.argv[1]), results=pathlib.Path(sys.argv[2])))")
+    process = subprocess.Popen([sys.executable, "-c", script, str(notebooks), str(tmp_path)], text=True,
+                               stdout=subprocess.PIPE, cwd=Path(experiments.__file__).parent.parent)
+    pid, until = tmp_path / "smoke/.long.partial/pid", time.monotonic() + 90
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.1)
+    kernel = psutil.Process(int(pid.read_text()))
+    assert kernel.is_running()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert "interrupted" in process.stdout.read()
+    assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
+    assert ended(tmp_path, "long")["state"] == "stopped"
+
+
+def test_refresh_rewrites_in_place_and_twice_the_same(tmp_path):
+    write_notebook(tmp_path / "a.ipynb", ["print('a')", "print('b')\n2"])
+    write_notebook(tmp_path / "b.ipynb", ["1 / 0"])
+    broken = (tmp_path / "b.ipynb").read_bytes()
+    assert experiments.refresh_notebooks(notebooks=tmp_path) == 1
+    assert (tmp_path / "b.ipynb").read_bytes() == broken
+    found = nbformat.read(tmp_path / "a.ipynb", as_version=4)
+    assert found.metadata == {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                              "language_info": {"name": "python"}}
+    assert [cell.get("execution_count") for cell in found.cells] == [None, 1, 2, 3]
+    assert [dict(cell.metadata) for cell in found.cells] == [{}, {"tags": ["parameters"]}, {}, {}]
+    once = (tmp_path / "a.ipynb").read_bytes()
+    for number, cell in enumerate(found.cells):
+        cell.id, cell.metadata["papermill"] = f"other{number}", {"duration": 1.0}
+    nbformat.write(found, tmp_path / "a.ipynb")
+    experiments.normalise_notebook(tmp_path / "a.ipynb")
+    assert (tmp_path / "a.ipynb").read_bytes() == once
+
+
+@pytest.mark.parametrize("text, annotation, value", [
+    ("4", "int", 4), ("1", "float", 1.0), ("1e-3", "float", 1e-3), ("true", "bool", True), ("no", "str", "no"),
+    ("[1, 4]", "list[int]", [1, 4]), ("1,4", "list[int]", [1, 4]), ("3", "list[int]", [3]),
+    ("tcr,simclr", "list[str]", ["tcr", "simclr"]), ("{a: 1}", "dict", {"a": 1}), ("null", "float | None", None),
+    ("2", "float | None", 2.0), (3, "float", 3.0), ([1], "list[float]", [1.0]), ("0.2, 1", "tuple[float, float]",
+                                                                                 [0.2, 1]),
+])  # fmt: skip
+def test_values_take_the_type_of_the_parameter(text, annotation, value):
+    found = experiments.conform("p", text, annotation)
+    assert found == value and type(found) is type(value)
+
+
+WRONG = [
+    ({"names": ["godo"]}, "did you mean 'good'"),
+    ({"names": ["long"], "profile": "paper"}, "it has: smoke"),
+    ({"profile": "smokey"}, "did you mean 'smoke'"),
+    ({"names": ["good"], "overrides": {"conut": "1"}}, "did you mean 'count'"),
+    ({"overrides": {"nope": "1"}}, "no parameter 'nope'"),
+    ({"names": ["good"], "overrides": {"output": "x"}}, "runner's own"),
+    *(({"names": ["good"], "overrides": dict([pair])}, f"parameter {pair[0]} must be") for pair in [
+        ("count", "two"), ("count", "1.5"), ("count", True), ("count", ""), ("on", "1"), ("rate", "fast"),
+        ("rate", ".nan"), ("rate", "true"), ("numbers", "[1, x]"), ("numbers", "[1, 2"), ("numbers", "[true]"),
+        ("options", "3"), ("name", 3), ("limit", "soon")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("question, answer", WRONG, ids=[str(question) for question, _ in WRONG])
+def test_wrong_questions_are_refused_before_anything_runs(question, answer, notebooks, tmp_path):
+    with pytest.raises(InputError) as error:
+        experiments.reproduce(**question, notebooks=notebooks, results=tmp_path)
+    assert answer in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+ENTRY = {"artefact": "x", "notebook": "n.ipynb", "profiles": {"smoke": {"cost": "1 s", "parameters": {}}}}
+
+
+@pytest.mark.parametrize("text, answer", [
+    (None, "is missing"), ("a: [1", "not readable YAML"), ("- a", "a mapping"), ("", "a mapping"),
+    (yaml.safe_dump({"A b": ENTRY}), "no experiment name"), (yaml.safe_dump({"a": {**ENTRY, "kost": 1}}), "kost"),
+    (yaml.safe_dump({"a": {**ENTRY, "notebook": "m.ipynb"}}), "no notebook m.ipynb"),
+    (yaml.safe_dump({"a": {**ENTRY, "profiles": {"fast": {}}}}), "unknown profile 'fast'"),
+    (yaml.safe_dump({"a": {**ENTRY, "profiles": []}}), "profiles must map"),
+    (yaml.safe_dump({"a": {**ENTRY, "profiles": {"smoke": {"cost": "1 s"}}}}), "parameters"),
+    (yaml.safe_dump({"a": {**ENTRY, "profiles": {"smoke": {"cost": "1", "parameters": []}}}}), "{} for none"),
+])  # fmt: skip
+def test_a_malformed_list_is_refused_in_one_line(text, answer, tmp_path):
+    write_notebook(tmp_path / "n.ipynb", [])
+    if text is not None:
+        (tmp_path / "experiments.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        experiments.load_experiments(tmp_path)
+    assert answer in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": []}'])
+def test_a_notebook_that_is_none_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "n.ipynb").write_text(content)
+    with pytest.raises(InputError) as error:
+        experiments.notebook_parameters(tmp_path / "n.ipynb")
+    assert len(str(error.value).splitlines()) == 1
