@@ -71,6 +71,7 @@ def over_seeds(measured: pd.DataFrame) -> pd.DataFrame:
         crops=("crops", "first"), low=("low", "mean"), high=("high", "mean"),
     ).reset_index()  # fmt: skip
     table.loc[table["seeds"] > 1, ["low", "high"]] = float("nan")
+    table = table.sort_values(["feature", "probe"], ascending=[True, False], kind="stable")  # linear before knn
     return table[[*COLUMNS, "crops", "low", "high"]]
 
 
@@ -89,7 +90,7 @@ def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFram
 
     `measured` as from `measure_all` on `images` test images. With several seeds: mean over seeds of the difference
     and its 95 % t-interval. With one: the paired bootstrap interval over test images. A difference counts when its
-    interval excludes zero (`verdict` above | below | no difference).
+    interval excludes zero (`verdict` above | below, else undecided).
     """
     largest, smallest = max(ks), min(k for k in ks if k > 0)
     patch, multi, floor = ("patch-based", largest), ("multi-scale", largest), ("untrained", largest)
@@ -121,7 +122,7 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]
     else:
         right, wrong = (unpack_correct(rows["correct"].iloc[0], images).astype(int) for rows in (a, b))
         low, high = paired_interval(right - wrong)
-    verdict = "above" if low > 0 else "below" if high < 0 else "no difference"
+    verdict = "above" if low > 0 else "below" if high < 0 else "undecided"
     return {"points": points.mean(), "low": low, "high": high, "seeds": len(points), "verdict": verdict}
 
 

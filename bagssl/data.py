@@ -118,6 +118,14 @@ def load(name: str, split: str, root: Path | None = None) -> Images:
         return Images(pixels, labels, tuple(about["classes"]), found)
 
 
+def subset(images: Images, count: int, seed: int = 0) -> Images:
+    """`count` images drawn at random, in their old order. Raises InputError when there are not as many."""
+    if not 1 <= count <= len(images):
+        raise InputError(f"cannot take {count} of {len(images)} images: choose a number from 1 to {len(images)}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.take(order[:count].sort().values)
+
+
 def check(name: str, root: Path | None = None) -> dict[str, str]:
     """Recompute the SHA-256 of both splits: {"train": hex, "test": hex}. Raises InputError as `load` does."""
     return {split: load(name, split, root).fingerprint for split in SPLITS}

@@ -397,7 +397,9 @@ def _optimiser(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimize
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
     from lightly.utils.lars import LARS
 
-    return LARS(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
+    # 0.02 is the trust that the learning rates of the CIFAR recipes (solo-learn's) go with
+    how = {"momentum": config.momentum, "nesterov": config.momentum > 0, "trust_coefficient": 0.02}
+    return LARS(groups, lr=config.learning_rate, **how)
 
 
 @torch.no_grad()

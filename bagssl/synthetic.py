@@ -1,10 +1,10 @@
 """The embedded world: quilts of 32×32 px whose patch co-occurrence is known exactly.
 
 A quilt is a grid of 4×4 cells of 8 px. Each cell shows one of 36 part types, six motifs in six colour
-pairs, drawn independently given the class of the quilt. Each class prefers a dozen parts, chosen such that
-every class shows each motif, and each colour pair, equally often: neither shape nor colour tells the class,
-only which shape wears which colour, and one part tells little of it. So p(part1, part2) of two cells of one
-quilt has rank 10 at most, and is what an objective that models patch co-occurrence has to find.
+pairs, drawn independently given the class of the quilt. Each of the ten classes prefers two of the first five
+motifs, and the parts on a permutation matrix of motif and colour of its own. Every class shows each colour pair
+equally often: colour is a nuisance, and one part tells little of the class. p(part1, part2) of two cells of one
+quilt has rank 10, and is what an objective that models patch co-occurrence has to find.
 
 Everything is integer arithmetic on the raw output of PCG64 (which NumPy keeps stable across releases and
 machines, unlike the methods of its Generator), so pixels and fingerprints are the same everywhere.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ TILE = 12  # a part is larger than a cell: the cell is a window at one of 5×5 p
 CLASSES = tuple("ABCDEFGHIJ")
 SPLITS = {"train": (4000, 1), "test": (1000, 2)}  # images, seed
 WORLD_SEED = 44
-PREFERENCES = (4, 4)  # tickets, beside one for every part, for the parts on each of a class's permutations
+OF_MOTIF, OF_PART = 12, 4  # tickets, beside one for every part, for a preferred motif and for a preferred part
 
 MOTIFS = ("bars", "posts", "diagonals", "checks", "dots", "rings")
 COLOURS = {  # motif, ground
@@ -84,16 +85,15 @@ def _parts() -> np.ndarray:
 def _tickets() -> np.ndarray:
     """How many tickets each part has in the urn of each class, int64 [10, 36]; every row has the same sum.
 
-    A class prefers the parts on a few permutation matrices (motif × colour), which have one part in each row
-    and column: that is why each motif, and each colour, is equally frequent in every class.
+    A class prefers a pair of motifs, in all colours, and the parts on a permutation matrix (motif × colour), which
+    has one part in each row and column: that is why each colour is equally frequent in every class.
     """
     n = len(MOTIFS)
-    raw = np.random.PCG64(WORLD_SEED).random_raw(len(CLASSES) * len(PREFERENCES) * n)
-    permutations = raw.reshape(len(CLASSES), len(PREFERENCES), n).argsort(-1, kind="stable")
+    permutations = np.random.PCG64(WORLD_SEED).random_raw(len(CLASSES) * n).reshape(-1, n).argsort(-1, kind="stable")
     tickets = np.ones((len(CLASSES), n, n), np.int64)
-    for of_class, tables in zip(permutations, tickets):
-        for permutation, weight in zip(of_class, PREFERENCES):
-            tables[np.arange(n), permutation] += weight
+    for table, pair, permutation in zip(tickets, combinations(range(n - 1), 2), permutations, strict=True):
+        table[list(pair)] += OF_MOTIF
+        table[np.arange(n), permutation] += OF_PART
     return tickets.reshape(len(CLASSES), n * n)
 
 

@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from bagssl import data, synthetic
 
 FINGERPRINTS = {
-    "train": "e25d971d2d5e1ff92a8b08191de105d2500d891b21bc41c532884146632dc8d9",
-    "test": "c22b6afee15d16360e46067f6f153a34fb7b085e845742ec9cf7517401935892",
+    "train": "6b61e47dccb269265131f347e7a9be198f10947e01c08a112f4e70af1ad82604",
+    "test": "549aacb438f02ee15ae0421d15ab18d3f8be4d09b88d94a324894b40ab5b1cdd",
 }
 
 
@@ -125,10 +125,13 @@ def test_shuffled_parts_do_not_have_it(world, many):
     assert mismatch(world, relabelled) > 3
 
 
-def test_neither_motif_nor_colour_tells_the_class(world):
+def test_colour_does_not_tell_the_class_and_a_motif_tells_little(world):
     by_motif_and_colour = world.class_part.reshape(10, 6, 6)
-    for marginal in (by_motif_and_colour.sum(1), by_motif_and_colour.sum(2)):
-        torch.testing.assert_close(marginal, torch.full((10, 6), 1 / 6, dtype=torch.float64))
+    uniform = torch.full((10, 6), 1 / 6, dtype=torch.float64)
+    torch.testing.assert_close(by_motif_and_colour.sum(1), uniform)
+    motif = by_motif_and_colour.sum(2)
+    assert (motif.argsort(1)[:, -2:].sort(1).values.unique(dim=0)).shape == (10, 2)  # a pair of its own
+    assert motif.max() < 0.5  # and either of the pair is shared with three other classes
 
 
 def test_one_part_is_ambiguous_and_a_bag_is_not(world, many):
@@ -137,12 +140,12 @@ def test_one_part_is_ambiguous_and_a_bag_is_not(world, many):
     _, labels, parts = many
     one, four, sixteen = (accuracy(world, labels, parts, k) for k in (1, 4, 16))
     assert one == pytest.approx(world.class_part.max(0).values.sum().item() / 10, abs=0.015)
-    assert 0.5 < four < 0.65
-    assert 0.9 < sixteen < 0.97
+    assert 0.6 < four < 0.7
+    assert sixteen > 0.95
 
 
 def test_pixels_do_not_give_the_class_to_a_linear_probe(splits):
-    """Mean colour and raw pixels stay near chance; the histogram of the parts, a bag, does not."""
+    """Mean colour and raw pixels tell little; the histogram of the parts, a bag, does not."""
     (train, labels, parts), (test, test_labels, test_parts) = splits["train"], splits["test"]
     colour = [pixels.double().mean((2, 3)).numpy() for pixels in (train, test)]
     assert linear_probe(colour[0], labels, colour[1], test_labels) < 0.2

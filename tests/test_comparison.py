@@ -1,0 +1,114 @@
+"""The comparison of claim C2: arms that differ in their crops alone, a tidy table, differences with verdicts."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bagssl import comparison, evaluation
+from bagssl.data import load
+from bagssl.errors import InputError
+from bagssl.evaluation import evaluate, unpack_correct
+from bagssl.pretraining import pretrain
+
+RECIPE = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "projector_hidden": 16, "projector_dim": 8, "epochs": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [load("synthetic", split).take(torch.arange(100)) for split in ("train", "test")]
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    arms = comparison.arms(["tcr", "simclr"], [0, 1], RECIPE, {"simclr": {"options": {"temperature": 0.2}}})
+    root = tmp_path_factory.mktemp("runs")
+    return [pretrain(arm, images[0], root, progress=False) for arm in arms]
+
+
+def test_arms_of_an_objective_differ_in_their_crops_and_seed_alone():
+    arms = comparison.arms(["tcr", "simclr"], [0, 1], RECIPE, {"simclr": {"options": {"temperature": 0.2}}})
+    assert len(arms) == 2 * 2 * 2 + 2
+    for objective in ("tcr", "simclr"):
+        own = [arm.to_dict() for arm in arms if arm.objective == objective and arm.training != "untrained"]
+        same = [{name: value for name, value in arm.items() if name not in ("training", "seed")} for arm in own]
+        assert len(own) == 4 and all(arm == same[0] for arm in same)
+    assert {arm.objective: dict(arm.options) for arm in arms[:-2]} == {"tcr": {}, "simclr": {"temperature": 0.2}}
+
+
+def test_a_setting_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="unknown setting 'vieuws'"):
+        comparison.arms(["tcr"], [0], {**RECIPE, "vieuws": 3}, {})
+
+
+def test_measuring_gives_a_row_per_run_k_and_probe_and_is_kept(images, finished, monkeypatch):
+    how = {"features": ["h", "z"], "progress": False}
+    measured = comparison.measure_all(finished, *images, [0, 1, 4], **how)
+    assert len(measured) == len(finished) * 3 * 2 * 2
+    right = unpack_correct(measured["correct"].iloc[0], len(images[1]))
+    assert 100 * right.mean() == pytest.approx(measured["accuracy"].iloc[0])
+    monkeypatch.setattr(evaluation, "embed_bags", None)  # the second time nothing is embedded
+    pd.testing.assert_frame_equal(comparison.measure_all(finished, *images, [0, 1, 4], **how), measured)
+
+    table = comparison.over_seeds(measured)
+    assert list(table.columns[:8]) == comparison.COLUMNS
+    assert set(table["seeds"]) == {2} and len(table) == 5 * 3 * 2 * 2
+    row = {"objective": "tcr", "training": "multi-scale", "k": 4, "probe": "knn", "feature": "z"}
+    own = measured[(measured[list(row)] == list(row.values())).all(axis=1)]["accuracy"]
+    assert comparison.value(table, **row) == pytest.approx(own.mean())
+    chosen = table[(table[list(row)] == list(row.values())).all(axis=1)]
+    assert chosen["accuracy_std"].iloc[0] == pytest.approx(np.std(own, ddof=1))
+    with pytest.raises(KeyError):
+        comparison.value(table, objective="tcr")
+
+
+def test_other_test_images_or_patches_are_another_protocol(images, finished):
+    run, (train, test) = finished[0], images
+    def rows(**how):
+        return evaluate(run, train, how.pop("test", test), [4], probes=["knn"], progress=False, **how)[0]["correct"]
+
+    def kept():
+        return len(list(run.path.glob("evaluations/*.json")))
+
+    before = kept()
+    rows(), rows(scale=0.5), rows(test=test.take(torch.arange(50))), rows()
+    assert kept() == before + 3
+
+
+@pytest.mark.parametrize("wrong", [{"probes": ["svm"]}, {"features": ["g"]}, {"ks": []}, {"ks": [-1]}, {"scale": 2.0}])
+def test_senseless_protocols_are_refused(images, finished, wrong):
+    with pytest.raises(InputError):
+        evaluate(finished[0], *images, **{"ks": [1], "progress": False, **wrong})
+
+
+def made_up(points, seeds):
+    """Measurements in which the patch-based bag of 16 has `points` more than every other arm."""
+    rows = []
+    for training in ("patch-based", "multi-scale", "untrained"):
+        for k in (0, 1, 16):
+            for seed in range(seeds):
+                best = training == "patch-based" and k == 16
+                accuracy = 50 + (points + 0.1 * seed if best else 0)
+                right = np.arange(1000) < 10 * accuracy
+                rows.append({"objective": "none" if training == "untrained" else "tcr", "training": training,
+                             "seed": seed, "k": k, "probe": "knn", "feature": "h", "accuracy": accuracy,
+                             "correct": np.packbits(right).tobytes().hex()})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("points", "verdict"), [(10, "above"), (-10, "below"), (-0.1, "undecided")])
+def test_a_difference_counts_when_its_interval_excludes_zero(seeds, points, verdict):
+    gains = comparison.gains(made_up(points, seeds), [0, 1, 16], 1000)
+    assert len(gains) == 4 and set(gains["verdict"]) == {verdict}
+    assert ((gains["low"] <= gains["points"]) & (gains["points"] <= gains["high"])).all()
+    text = comparison.sentences(gains)
+    assert text.count(f"**{points + 0.05 * (seeds - 1):+.1f}** points") == 4 and verdict in text
