@@ -175,7 +175,9 @@ def test_a_swap_that_was_cut_short_is_mended(tmp_path, notebooks, results):
 
 
 def test_ctrl_c_stops_the_kernel_within_seconds(tmp_path, notebooks):
-    script = ("import sys, pathlib; from bagssl import experiments as e; sys.exit(e.reproduce(['long'], "
+    # a shell's background job ignores Ctrl-C and so do its children: as in the foreground, then
+    script = ("import sys, pathlib, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+              "from bagssl import experiments as e; sys.exit(e.reproduce(['long'], "
               "notebooks=pathlib.Path(sys.argv[1]), results=pathlib.Path(sys.argv[2])))")
     process = subprocess.Popen([sys.executable, "-c", script, str(notebooks), str(tmp_path)], text=True,
                                stdout=subprocess.PIPE, cwd=Path(experiments.__file__).parent.parent)
