@@ -12,6 +12,7 @@ import pandas as pd
 from scipy.stats import t as student_t
 
 from bagssl.data import Images
+from bagssl.errors import InputError
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.paths import results_root
 from bagssl.pretraining import PretrainConfig, pretrain
@@ -31,8 +32,16 @@ def arms(
     """One configuration per objective, training and seed, and an untrained encoder per seed.
 
     `overrides` maps an objective to the settings in which its recipe differs, the same for both of its arms.
-    Raises InputError for a setting that does not exist.
+    Raises InputError for a setting that does not exist, or an objective or seed that is missing or named twice.
     """
+    for name, values in (("objectives", objectives), ("seeds", seeds)):
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"{name} = {list(values)!r}: name at least one, and each once")
+    for name, settings in overrides.items():
+        if name not in objectives:
+            raise InputError(f"overrides for '{name}', which is not among the objectives {', '.join(objectives)}")
+        if not isinstance(settings, Mapping):
+            raise InputError(f"overrides of {name} = {settings!r} must be a mapping of settings to values")
     trained = [
         PretrainConfig.from_dict(
             {**recipe, **overrides.get(objective, {}), "objective": objective, "training": training, "seed": seed}
@@ -51,14 +60,14 @@ def train_all(configs: Sequence[PretrainConfig], images: Images, **how: Any) -> 
 
 
 def measure_all(runs: Sequence[Run], train: Images, test: Images, ks: Sequence[int], **how: Any) -> pd.DataFrame:
-    """One row per run, K, probe and feature: accuracy with its bootstrap interval (low, high), in per cent."""
+    """One row per run, K, probe and feature, as from `evaluate`, with the arm, seed and crops it belongs to."""
     rows = []
     for run in runs:
         config = run.config
         name = "none" if config["training"] == "untrained" else config["objective"]
         arm = {"objective": name, "training": config["training"], "seed": config["seed"], "crops": run.metrics["crops"]}
         for row in evaluate(run, train, test, ks, **how):
-            rows.append({**arm, **{key: value for key, value in row.items() if key != "settings"}})
+            rows.append({**arm, **row})
     return pd.DataFrame(rows)
 
 
@@ -92,19 +101,20 @@ def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFram
     and its 95 % t-interval. With one: the paired bootstrap interval over test images. A difference counts when its
     interval excludes zero (`verdict` above | below, else undecided).
     """
-    largest, smallest = max(ks), min(k for k in ks if k > 0)
-    patch, multi, floor = ("patch-based", largest), ("multi-scale", largest), ("untrained", largest)
-    pairs = [("bag over one patch", patch, ("patch-based", smallest)), ("trained over untrained", patch, floor),
-             ("patch-based bag over multi-scale bag", patch, multi)]  # fmt: skip
-    if 0 in ks:
-        pairs.append(("patch-based bag over multi-scale centre crop", patch, ("multi-scale", 0)))
+    largest = max(ks)
+    pairs = [(("patch-based", largest), ("multi-scale", largest))]
+    pairs += [(("patch-based", largest), ("multi-scale", 0))] * (0 in ks)
+    pairs += [(("patch-based", largest), ("patch-based", 1))] * (1 in ks and largest > 1)
+    pairs += [((training, largest), ("untrained", largest)) for training in ("patch-based", "multi-scale")]
     rows = []
     chosen = measured[measured["feature"] == "h"]
     for objective in (name for name in chosen["objective"].unique() if name != "none"):
         for probe in chosen["probe"].unique():
-            for name, first, second in pairs:
-                a, b = (_arm(chosen, objective, probe, *arm) for arm in (first, second))
-                rows.append({"objective": objective, "probe": probe, "gain": name, **_difference(a, b, images)})
+            for pair in pairs:
+                a, b = (_arm(chosen, objective, probe, *arm) for arm in pair)
+                first, second = (f"{training}, {'centre crop' if k == 0 else f'K = {k}'}" for training, k in pair)
+                named = {"objective": objective, "probe": probe, "first": first, "second": second}
+                rows.append({**named, **_difference(a, b, images)})
     return pd.DataFrame(rows)
 
 
@@ -129,14 +139,15 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]
 def sentences(reading: pd.DataFrame) -> str:
     """The differences as a Markdown list, numbers and verdicts as they stand in `reading`."""
     how = "95 % t-interval over seeds" if reading["seeds"].max() > 1 else "95 % paired bootstrap over test images"
+    words = {"above": "is better than", "below": "is worse than", "undecided": "cannot be told from"}
     lines = [
-        f"- {row['objective']}, {row['probe']}: {row['gain']}: **{row['points']:+.1f}** points "
-        f"({row['low']:+.1f} to {row['high']:+.1f}), {row['verdict']}"
+        f"- {row['objective']}, {row['probe']} probe: {row['first']} **{words[row['verdict']]}** {row['second']}: "
+        f"{row['points']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f})"
         for row in reading.to_dict("records")
     ]
     return "\n".join([f"Differences in points of accuracy, with the {how}:", "", *lines])
 
 
 def output_folder(experiment: str) -> Path:
-    """Where a notebook writes its tables and figures: $BAGSSL_OUTPUT from the batch, else results/smoke/<experiment>."""
-    return Path(os.environ.get("BAGSSL_OUTPUT") or results_root() / "smoke" / experiment)
+    """Where a notebook writes: $BAGSSL_OUTPUT from the batch; run by hand, results/by-hand/<experiment>."""
+    return Path(os.environ.get("BAGSSL_OUTPUT") or results_root() / "by-hand" / experiment)

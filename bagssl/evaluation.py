@@ -19,6 +19,7 @@ from bagssl.probes import knn, linear
 from bagssl.runs import Run
 
 PROBES = {"knn": knn, "linear": linear}
+FEATURES = ("h", "z")
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 
 
@@ -30,25 +31,22 @@ def evaluate(
     *,
     probes: Sequence[str] = ("knn", "linear"),
     features: Sequence[str] = ("h",),
-    scale: float | None = None,
+    scale: float,
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Accuracy of `run` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
-    Patches are cut at `scale` (fraction of the area; the run's own patch scale by default) without colour and shown
-    to the encoder at the size it was trained on. Returns one row per feature, K and probe: accuracy, low and high in
+    Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at the size it was trained on. Returns one row per feature, K and probe: accuracy, low and high in
     per cent, the probe's settings, and which test images were right (`unpack_correct`). A protocol that was measured before on this run is read from its folder.
-    Raises InputError for an unknown probe or feature.
+    Raises InputError for an unknown probe or feature, or a K that is no whole number of at least 0.
     """
-    for name, words, known in (("probe", probes, PROBES), ("feature", features, ("h", "z"))):
-        if unknown := [word for word in words if word not in known]:
-            raise InputError(f"unknown {name} '{unknown[0]}': choose among {', '.join(known)}")
+    check_protocol(ks, probes, features)
     config = run.config
     protocol = {
         "protocol": PROTOCOL, "ks": sorted(set(ks)), "probes": sorted(probes), "features": sorted(features),
-        "scale": scale or config["patch_scale"], "size": config["size"], "seed": seed,
+        "scale": scale, "size": config["size"], "seed": seed,
         "train": train.fingerprint, "test": test.fingerprint, "weights": run.metrics["weights_sha256"],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
@@ -58,6 +56,17 @@ def evaluate(
         rows = [row for feature in protocol["features"] for row in _measure(run, train, test, protocol, feature, device, progress)]
         runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
     return runs.read_json(path)["rows"]
+
+
+def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[str]) -> None:
+    """Raises InputError, in one line, for a protocol that `evaluate` cannot follow."""
+    for name, words, known in (("probe", probes, PROBES), ("feature", features, FEATURES)):
+        if not words:
+            raise InputError(f"no {name} is asked for: choose among {', '.join(known)}")
+        if unknown := [word for word in words if word not in known]:
+            raise InputError(f"unknown {name} {unknown[0]!r}: choose among {', '.join(known)}")
+    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in ks):
+        raise InputError(f"ks = {list(ks)!r} must be whole numbers of at least 0: 0 is the centre crop")
 
 
 def _measure(

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -79,6 +80,8 @@ class PretrainConfig:
     def __post_init__(self):
         for field_ in dataclasses.fields(self):
             object.__setattr__(self, field_.name, _typed(field_.name, getattr(self, field_.name), field_.type))
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.dataset):
+            raise InputError(f"dataset = {self.dataset!r} is no name of a dataset: see `bagssl data list`")
         _choice("objective", self.objective, OBJECTIVES)
         _choice("training", self.training, TRAININGS)
         _choice("encoder", self.encoder, BLOCKS)
@@ -94,12 +97,28 @@ class PretrainConfig:
                 raise InputError(f"{self.objective} has no option '{name}': it has {', '.join(allowed) or 'none'}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 raise InputError(f"option {name} = {value!r} of {self.objective} must be a positive number")
-        if self.training == "untrained":  # the rest decides nothing: one run serves every recipe
-            for field_ in dataclasses.fields(self):
-                if field_.name not in _OF_UNTRAINED:
-                    made = field_.default_factory() if field_.default is dataclasses.MISSING else field_.default
-                    object.__setattr__(self, field_.name, made)
+        if self.training != "untrained" and not self.epochs:
+            raise InputError("epochs = 0 trains nothing: for random weights set training to untrained")
+        if self.optimiser == "lars" and not self.weight_decay:
+            raise InputError("weight_decay = 0: lightly's LARS then rescales nothing; set it above 0, or use sgd")
+        # what decides nothing is set back, so that one run serves every recipe that differs in nothing else
+        for field_ in dataclasses.fields(self):
+            if not self._uses(field_.name):
+                made = field_.default_factory() if field_.default is dataclasses.MISSING else field_.default
+                object.__setattr__(self, field_.name, made)
+        if self.training == "untrained":
             object.__setattr__(self, "epochs", 0.0)
+
+    def _uses(self, name: str) -> bool:
+        if self.training == "untrained":
+            return name in _OF_UNTRAINED
+        unused = {
+            "min_scale": self.training == "patch-based",
+            "patch_scale": self.training == "multi-scale",
+            "momentum": self.optimiser == "adamw",
+            "teacher_momentum": self.objective != "byol",
+        }
+        return not unused.get(name, False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PretrainConfig:
@@ -131,7 +150,7 @@ class PretrainConfig:
         )
 
 
-_OF_UNTRAINED = ("dataset", "training", "seed", "size", "patch_scale", "encoder", "width")
+_OF_UNTRAINED = ("dataset", "training", "seed", "size", "encoder", "width")
 
 _COLOUR = ("flip", "brightness", "contrast", "saturation", "hue", "jitter", "grey", "blur", "solarise")
 
@@ -259,6 +278,8 @@ def _train(
 ) -> None:
     steps_per_epoch = len(images) // config.batch_size
     steps = round(config.epochs * steps_per_epoch)
+    if config.epochs and not steps:
+        raise InputError(f"epochs = {config.epochs:g} of {steps_per_epoch} steps is not one step: raise epochs")
     crops_per_step = config.batch_size * config.views
     log_every = max(1, steps // 200)
 
@@ -423,12 +444,17 @@ def _check(means: dict[str, float], step: int, steps: int, config: PretrainConfi
 def _seeded(seed: int, purpose: int, index: int, generator: torch.Generator | None = None) -> torch.Generator:
     """A generator whose stream belongs to (seed, purpose, index) alone."""
     generator = generator or torch.Generator()
-    return generator.manual_seed((seed << 32) + (purpose << 31) + index)
+    # mixed within 32 bits: that is all that the CPU's generator keeps of a seed
+    return generator.manual_seed((seed * 0x9E3779B1 ^ (purpose << 31) + index) & 0xFFFFFFFF)
 
 
 def _deadline(time_limit: float | None) -> float:
     limit = math.inf if time_limit is None else time.time() + time_limit
-    return min(limit, float(os.environ.get("BAGSSL_DEADLINE") or math.inf))
+    deadline = os.environ.get("BAGSSL_DEADLINE") or "inf"
+    try:
+        return min(limit, float(deadline))
+    except ValueError:
+        raise InputError(f"BAGSSL_DEADLINE = {deadline!r} is not a Unix time in seconds") from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def progress_bar(total: int, done: int, label: str, enabled: bool = True) -> Ite
     if not enabled or total <= 0:
         yield lambda done, note="": None
     elif in_notebook():
-        yield from _in_notebook(total, label)
+        yield from _in_notebook(total, done, label)
     else:
         bar = tqdm(total=total, initial=done, desc=label, unit=" crops", unit_scale=True, dynamic_ncols=True, leave=False,
                    mininterval=0.5, disable=None)  # fmt: skip
@@ -38,7 +38,7 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def _in_notebook(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
+def _in_notebook(total: int, already: int, label: str) -> Iterator[Callable[[int, str], None]]:
     from IPython.display import display
 
     def line(done: int, note: str) -> dict[str, str]:
@@ -49,7 +49,7 @@ def _in_notebook(total: int, label: str) -> Iterator[Callable[[int, str], None]]
             "text/html": f'<progress value="{share:.3f}" max="1"></progress> <code>{text}</code>',
         }
 
-    handle = display(line(0, ""), raw=True, display_id=True)
+    handle = display(line(already, ""), raw=True, display_id=True)
     shown = started = time.monotonic()
 
     def update(done: int, note: str = "") -> None:
@@ -57,7 +57,7 @@ def _in_notebook(total: int, label: str) -> Iterator[Callable[[int, str], None]]
         now = time.monotonic()
         if now - shown > 0.5:
             shown = now
-            left = (now - started) * (total - done) / max(done, 1)
+            left = (now - started) * (total - done) / max(done - already, 1)
             content = line(done, f"{note}  about {left / 60:.0f} min left" if left > 60 else note)
             handle.update(content, raw=True)
             if file := os.environ.get("BAGSSL_PROGRESS"):  # the batch shows it in the terminal

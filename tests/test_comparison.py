@@ -35,7 +35,8 @@ def finished(images, tmp_path_factory):
 
 
 def test_arms_of_an_objective_differ_in_their_crops_and_seed_alone():
-    arms = comparison.arms(["tcr", "simclr"], [0, 1], RECIPE, {"simclr": {"options": {"temperature": 0.2}}})
+    recipe = {**RECIPE, "patch_scale": 0.25, "min_scale": 0.2}
+    arms = comparison.arms(["tcr", "simclr"], [0, 1], recipe, {"simclr": {"options": {"temperature": 0.2}}})
     assert len(arms) == 2 * 2 * 2 + 2
     for objective in ("tcr", "simclr"):
         own = [arm.to_dict() for arm in arms if arm.objective == objective and arm.training != "untrained"]
@@ -50,7 +51,7 @@ def test_a_setting_that_does_not_exist_is_refused():
 
 
 def test_measuring_gives_a_row_per_run_k_and_probe_and_is_kept(images, finished, monkeypatch):
-    how = {"features": ["h", "z"], "progress": False}
+    how = {"features": ["h", "z"], "scale": 0.2, "progress": False}
     measured = comparison.measure_all(finished, *images, [0, 1, 4], **how)
     assert len(measured) == len(finished) * 3 * 2 * 2
     right = unpack_correct(measured["correct"].iloc[0], len(images[1]))
@@ -73,7 +74,8 @@ def test_measuring_gives_a_row_per_run_k_and_probe_and_is_kept(images, finished,
 def test_other_test_images_or_patches_are_another_protocol(images, finished):
     run, (train, test) = finished[0], images
     def rows(**how):
-        return evaluate(run, train, how.pop("test", test), [4], probes=["knn"], progress=False, **how)[0]["correct"]
+        how = {"scale": 0.2, "probes": ["knn"], "progress": False, **how}
+        return evaluate(run, train, how.pop("test", test), [4], **how)[0]["correct"]
 
     def kept():
         return len(list(run.path.glob("evaluations/*.json")))
@@ -83,10 +85,10 @@ def test_other_test_images_or_patches_are_another_protocol(images, finished):
     assert kept() == before + 3
 
 
-@pytest.mark.parametrize("wrong", [{"probes": ["svm"]}, {"features": ["g"]}, {"ks": []}, {"ks": [-1]}, {"scale": 2.0}])
+@pytest.mark.parametrize("wrong", [{"probes": ["svm"]}, {"features": ["g"]}, {"ks": []}, {"ks": [-1]}, {"ks": ["a"]}, {"features": []}, {"scale": 2.0}, {"scale": 0.0}])
 def test_senseless_protocols_are_refused(images, finished, wrong):
     with pytest.raises(InputError):
-        evaluate(finished[0], *images, **{"ks": [1], "progress": False, **wrong})
+        evaluate(finished[0], *images, **{"ks": [1], "scale": 0.2, "progress": False, **wrong})
 
 
 def made_up(points, seeds):
@@ -108,7 +110,29 @@ def made_up(points, seeds):
 @pytest.mark.parametrize(("points", "verdict"), [(10, "above"), (-10, "below"), (-0.1, "undecided")])
 def test_a_difference_counts_when_its_interval_excludes_zero(seeds, points, verdict):
     gains = comparison.gains(made_up(points, seeds), [0, 1, 16], 1000)
-    assert len(gains) == 4 and set(gains["verdict"]) == {verdict}
+    assert len(gains) == 5
+    own = gains[gains["first"] == "patch-based, K = 16"]
+    assert len(own) == 4 and set(own["verdict"]) == {verdict}
+    (other,) = gains[gains["first"] == "multi-scale, K = 16"].to_dict("records")  # no difference was made up
+    assert other["second"] == "untrained, K = 16" and other["verdict"] == "undecided" and other["points"] == 0
     assert ((gains["low"] <= gains["points"]) & (gains["points"] <= gains["high"])).all()
-    text = comparison.sentences(gains)
-    assert text.count(f"**{points + 0.05 * (seeds - 1):+.1f}** points") == 4 and verdict in text
+    assert comparison.sentences(gains).count(f"{points + 0.05 * (seeds - 1):+.1f} points") == 4
+
+
+def test_a_bag_is_compared_with_one_patch_only_if_one_patch_was_measured():
+    measured = made_up(10, 1)
+    gains = comparison.gains(measured[measured["k"] != 1], [0, 16], 1000)
+    assert len(gains) == 4 and not gains["second"].str.contains("K = 1$").any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"objectives": []}, {"seeds": []}, {"seeds": [0, 0]}, {"objectives": ["tcr", "tcr"]},
+        {"overrides": {"trc": {"epochs": 2}}}, {"overrides": {"tcr": 3}}, {"recipe": {"dataset": "../x"}},
+    ],
+)  # fmt: skip
+def test_senseless_arms_are_refused(wrong):
+    with pytest.raises(InputError) as error:
+        comparison.arms(**{"objectives": ["tcr"], "seeds": [0], "recipe": RECIPE, "overrides": {}, **wrong})
+    assert "\n" not in str(error.value)

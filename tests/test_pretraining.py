@@ -213,6 +213,29 @@ def test_too_few_images_for_a_batch(images, tmp_path):
         train(images, tmp_path, batch_size=81)
 
 
+def test_seeds_draw_other_orders_and_other_patches():
+    """All 32 bits that the CPU's generator keeps count, so that runs of two seeds see different data."""
+    draws = {tuple(torch.randint(2**31, (4,), generator=pretraining._seeded(seed, purpose, index)).tolist())
+             for seed in range(20) for purpose in (0, 1) for index in range(20)}  # fmt: skip
+    assert len(draws) == 20 * 2 * 20
+
+
+def test_what_decides_nothing_is_not_in_the_key():
+    def same(a, b):
+        return PretrainConfig(**a).to_dict() == PretrainConfig(**b).to_dict()
+
+    assert same({"min_scale": 0.1}, {"min_scale": 0.5})
+    assert same({"training": "multi-scale", "patch_scale": 0.1}, {"training": "multi-scale", "patch_scale": 0.3})
+    assert same({"momentum": 0.5}, {"teacher_momentum": 0.5})
+    assert not same({"patch_scale": 0.1}, {"patch_scale": 0.3})
+    assert not same({"optimiser": "sgd", "momentum": 0.5}, {"optimiser": "sgd", "momentum": 0.6})
+
+
+def test_less_than_one_step_is_refused(images, tmp_path):
+    with pytest.raises(InputError, match="not one step"):
+        train(images, tmp_path, epochs=0.05)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -221,6 +244,7 @@ def test_too_few_images_for_a_batch(images, tmp_path):
         {"batch_size": 1}, {"batch_size": True}, {"patch_scale": 0}, {"patch_scale": 1.5}, {"min_scale": -0.1},
         {"hue": 0.6}, {"grey": 2}, {"seed": -1}, {"size": 2}, {"width": 0}, {"warmup": 1.1}, {"weight_decay": -1},
         {"options": {"temperature": 0.1}}, {"options": {"invariance": -1}}, {"options": 3}, {"vieuws": 4},
+        {"epochs": 0}, {"optimiser": "lars", "weight_decay": 0}, {"dataset": "a/b"}, {"momentum": 1.1},
         {"objective": "simclr", "options": {"temperature": "hot"}},
     ],
 )  # fmt: skip
