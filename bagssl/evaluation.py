@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,19 @@ def evaluate(
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = run.path / "evaluations" / f"{key}.json"
-    if not path.exists():
+    if (rows := _kept(path)) is None:
         device = pick_device(device)
-        rows = [row for feature in protocol["features"] for row in _measure(run, train, test, protocol, feature, device, progress)]
+        how = (protocol, device, progress)
+        rows = [row for feature in protocol["features"] for row in _measure(run, train, test, feature, *how)]
         runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
-    return runs.read_json(path)["rows"]
+    return rows
+
+
+def _kept(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        return runs.read_json(path)["rows"]
+    except (InputError, KeyError):  # not measured yet, or damaged: measure (again)
+        return None
 
 
 def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[str]) -> None:
@@ -70,7 +79,7 @@ def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[
 
 
 def _measure(
-    run: Run, train: Images, test: Images, protocol: dict[str, Any], feature: str, device: str, progress: bool
+    run: Run, train: Images, test: Images, feature: str, protocol: dict[str, Any], device: str, progress: bool
 ) -> list[dict[str, Any]]:
     encoder = load_encoder(run, device)
     if feature == "z":

@@ -182,10 +182,21 @@ def conform(name: str, value: Any, annotation: str) -> Any:
         read = value
         if isinstance(value, str) and annotation != "str":
             sequence = annotation.startswith(("list", "tuple")) and not value.lstrip().startswith("[")
-            read = yaml.safe_load(f"[{value}]" if sequence else value)
+            read = _numbers(yaml.safe_load(f"[{value}]" if sequence else value))
         return _fit(read, annotation)
     except (TypeError, ValueError, OverflowError, yaml.YAMLError):
         raise InputError(f"parameter {name} must be {annotation}, not {value!r}") from None
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text: within lists and mappings, too, it is meant as a number."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
 
 
 def _fit(value: Any, kind: str) -> Any:
@@ -496,7 +507,10 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float | None, kernels: Kern
         shutil.rmtree(failed, ignore_errors=True)
         return Outcome(0, f"done in {seconds:.0f} s")
 
-    out_of_time = deadline is not None and time.time() >= deadline and error["ename"] == "KeyboardInterrupt"
+    overtime = -math.inf if deadline is None else time.time() - deadline
+    # interrupted at the limit, or killed when it took no notice of that
+    out_of_time = error["ename"] == "KeyboardInterrupt" and overtime >= 0 or (
+        error["ename"] == "DeadProcess" and overtime >= OVERTIME)
     if kernels.stopping:
         outcome = Outcome(130, "interrupted; run again to go on")
     elif error["ename"] == "Stopped" or out_of_time:
@@ -665,6 +679,8 @@ def normalise_notebook(path: Path) -> None:
         cell.execution_count = count if executed else None
         outputs = []
         for output in cell.outputs:
+            if output.output_type == "display_data" and output.data.get("text/plain") == "":
+                continue  # what a progress bar leaves
             if "execution_count" in output:
                 output.execution_count = cell.execution_count
             if output.output_type == "stream" and outputs and outputs[-1].get("name") == output.name:

@@ -211,6 +211,8 @@ def _commit() -> tuple[str | None, bool | None]:
             ["git", "-C", str(home()), *words], capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
 
+    if not (home() / "bagssl" / Path(__file__).name).exists():  # installed: the working folder is not our checkout
+        return None, None
     try:
         # results are what is being made: they do not count as a change of the code
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!results"))

@@ -214,6 +214,7 @@ def test_refresh_rewrites_in_place_and_twice_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("text, annotation, value", [
+    ("{tcr: {learning_rate: 1e-3, options: {a: 2}}}", "dict", {"tcr": {"learning_rate": 1e-3, "options": {"a": 2}}}),
     ("4", "int", 4), ("1", "float", 1.0), ("1e-3", "float", 1e-3), ("true", "bool", True), ("no", "str", "no"),
     ("[1, 4]", "list[int]", [1, 4]), ("1,4", "list[int]", [1, 4]), ("3", "list[int]", [3]),
     ("tcr,simclr", "list[str]", ["tcr", "simclr"]), ("{a: 1}", "dict", {"a": 1}), ("null", "float | None", None),
