@@ -110,7 +110,7 @@ def made_up(points, seeds):
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize(("points", "verdict"), [(10, "above"), (-10, "below"), (-0.1, "undecided")])
+@pytest.mark.parametrize(("points", "verdict"), [(10, "above"), (-10, "below"), (-0.3, "undecided")])
 def test_a_difference_counts_when_its_interval_excludes_zero(seeds, points, verdict):
     gains = comparison.gains(made_up(points, seeds), [0, 1, 16], 1000)
     assert len(gains) == 5
