@@ -23,3 +23,12 @@ def elsewhere(request, tmp_path, monkeypatch):
         monkeypatch.setenv("BAGSSL_DATA", str(tmp_path / "data"))
         monkeypatch.setenv("BAGSSL_RESULTS", str(tmp_path / "results"))
         monkeypatch.setenv("BAGSSL_RUNS", str(tmp_path / "results" / "runs"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny pictures and many small products a second thread is mostly something to wait for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

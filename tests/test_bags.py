@@ -13,17 +13,10 @@ from bagssl import bags, patches
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KS = (0, 1, 3, 8)
 OPTIONS = {"scale": 0.25, "size": 8}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For many small products a second thread is only something to wait for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lived_in(module: nn.Module) -> nn.Module:

@@ -11,15 +11,9 @@ from bagssl.errors import InputError
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.pretraining import pretrain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "projector_hidden": 16, "projector_dim": 8, "epochs": 1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

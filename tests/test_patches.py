@@ -19,20 +19,13 @@ from bagssl import patches as P
 from bagssl.errors import InputError
 from bagssl.patches import Augmentation, Colour, apply_colour, augment, crop, draw_boxes, draw_colour
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ADJUST = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.2, "jitter": 0.8}
 FULL = JITTER | {"grey": 0.2, "blur": 0.3, "solarise": 0.3}
 RARE = 1e-4  # probability below which a sample is not believed to have its distribution; the seeds are fixed
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The pictures are tiny: on a busy machine two threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
