@@ -174,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = command("pretrain", pretrain, "Train one encoder, or find it trained; prints its folder.")
     made.add_argument("--dataset", help="a name from `bagssl data list`")
-    made.add_argument("--objective", help="tcr, simclr, vicreg, byol, barlow")
+    made.add_argument("--objective", help="tcr, simclr, or another of bagssl/objectives.py")
     made.add_argument("--training", help="patch-based or multi-scale")
     made.add_argument("--seed", help="a whole number")
     made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")

@@ -70,24 +70,20 @@ def build_encoder(name: str, width: int = 64, seed: int = 0) -> Encoder:
 def build_projector(objective: str, dim: int, hidden: int, out: int, seed: int = 0) -> nn.Module:
     """The projector of `objective`: h [batch, dim] -> z [batch, out], weights drawn from `seed`.
 
-    SimCLR and BYOL have one hidden layer, Barlow Twins, VICReg and TCR two, as in their papers.
+    SimCLR, BYOL and MoCo have one hidden layer, as in their papers; all others two, as Barlow Twins (VICReg and TCR
+    have the same three layers; lightly's VICReg head adds a batch-norm).
     """
     from lightly.models.modules import heads  # slow to import
 
-    head = {
-        "simclr": heads.SimCLRProjectionHead,
-        "byol": heads.BYOLProjectionHead,
-        "vicreg": heads.BarlowTwinsProjectionHead,  # the same three layers; lightly's VICReg head adds a batch-norm
-        "barlow": heads.BarlowTwinsProjectionHead,
-        "tcr": heads.BarlowTwinsProjectionHead,
-    }[objective]
+    shorter = {"simclr": heads.SimCLRProjectionHead, "byol": heads.BYOLProjectionHead, "moco": heads.BYOLProjectionHead}
+    head = shorter.get(objective, heads.BarlowTwinsProjectionHead)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         return head(dim, hidden, out)
 
 
 def build_predictor(dim: int, hidden: int, seed: int = 0) -> nn.Module:
-    """BYOL's predictor: z [batch, dim] -> prediction of the target's z [batch, dim]."""
+    """The predictor of BYOL and MoCo: z [batch, dim] -> prediction of the target's z [batch, dim]."""
     from lightly.models.modules.heads import BYOLPredictionHead
 
     with torch.random.fork_rng(devices=[]):

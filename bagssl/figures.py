@@ -24,10 +24,11 @@ from bagssl.errors import InputError
 from bagssl.paths import write_atomically
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = {"tcr": "#0072B2", "simclr": "#D55E00", "vicreg": "#009E73", "byol": "#CC79A7", "barlow": "#E69F00"}
-OTHERS = ("#56B4E9", "#8C564B", "#5B5B9A")
+COLOURS = {"tcr": "#0072B2", "simclr": "#D55E00", "vicreg": "#009E73", "byol": "#CC79A7", "barlow": "#E69F00",
+           "moco": "#56B4E9"}  # fmt: skip
+OTHERS = ("#8C564B", "#5B5B9A", "#4D4D4D")
 GREY = "#7F7F7F"
-TITLES = {"tcr": "TCR", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL", "barlow": "Barlow Twins",
+TITLES = {"tcr": "TCR", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL", "barlow": "Barlow Twins", "moco": "MoCo v3",
           "knn": "kNN", "linear": "Linear probe"}  # fmt: skip
 LINES = {"patch-based": ("-", "o"), "multi-scale": ((0, (4, 1.5)), "s"), "untrained": ("-", "D")}
 DASH = "–"

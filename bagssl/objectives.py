@@ -7,6 +7,7 @@ Losses are computed in float32 whatever the precision of z: bf16 Gram matrices b
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -113,6 +114,22 @@ def byol(z: Tensor, target: Tensor) -> Terms:
     return {"loss": 2 - 2 * similarity, "similarity": similarity}
 
 
+def moco(z: Tensor, target: Tensor, *, temperature: float = 0.2) -> Terms:
+    """MoCo v3 (Chen et al. 2021, eq. 1): mean over ordered pairs of views a != b of InfoNCE of z_a against target_b.
+
+    z [views, batch, dim] are the predictor's outputs (queries), `target` the same shape from the averaged network
+    (keys); an image's negatives are the other images' keys in view b. Without the paper's factor 2 * temperature.
+    """
+    z = F.normalize(_at_least_float32(z), dim=-1)
+    target = F.normalize(_at_least_float32(target.detach()), dim=-1)
+    logits = torch.einsum("aid,bjd->abij", z, target) / temperature
+    views, batch = z.shape[:2]
+    pairs = (1 - torch.eye(views, dtype=z.dtype, device=z.device))[:, :, None] / (views * (views - 1) * batch)
+    alignment = (logits.diagonal(dim1=2, dim2=3) * pairs).sum()
+    uniformity = (logits.logsumexp(-1) * pairs).sum()
+    return {"loss": uniformity - alignment, "alignment": alignment * temperature, "uniformity": uniformity}
+
+
 def spread(z: Tensor) -> Tensor:
     """How far projections of different images differ: 1 - mean cosine over the images of a view; 0 is collapse."""
     z = F.normalize(_at_least_float32(z), dim=-1)
@@ -124,4 +141,9 @@ def _at_least_float32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
-OBJECTIVES = {"tcr": tcr, "simclr": simclr, "vicreg": vicreg, "barlow": barlow, "byol": byol}
+OBJECTIVES = {"tcr": tcr, "simclr": simclr, "vicreg": vicreg, "barlow": barlow, "byol": byol, "moco": moco}
+
+
+def needs_target(objective: str) -> bool:
+    """Whether an objective compares with an averaged network: it then has the argument `target`."""
+    return "target" in inspect.signature(OBJECTIVES[objective]).parameters

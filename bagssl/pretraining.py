@@ -24,7 +24,7 @@ from bagssl import runs
 from bagssl.data import Images
 from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projector
 from bagssl.errors import Diverged, InputError, Stopped
-from bagssl.objectives import OBJECTIVES, spread
+from bagssl.objectives import OBJECTIVES, needs_target, spread
 from bagssl.patches import Augmentation, augment
 from bagssl.progress import progress_bar
 from bagssl.runs import Run
@@ -74,7 +74,7 @@ class PretrainConfig:
     weight_decay: float = 1e-4
     momentum: float = 0.9  # of sgd and lars
     warmup: float = 0.1  # fraction of the steps
-    teacher_momentum: float = 0.99  # of BYOL's averaged network, rising to 1 along a cosine
+    teacher_momentum: float = 0.99  # of the averaged network of BYOL and MoCo, rising to 1 along a cosine
     options: Mapping[str, float] = field(default_factory=dict)  # the objective's own numbers, by name
 
     def __post_init__(self):
@@ -116,7 +116,7 @@ class PretrainConfig:
             "min_scale": self.training == "patch-based",
             "patch_scale": self.training == "multi-scale",
             "momentum": self.optimiser == "adamw",
-            "teacher_momentum": self.objective != "byol",
+            "teacher_momentum": not needs_target(self.objective),
         }
         return not unused.get(name, False)
 
@@ -284,7 +284,8 @@ def _train(
     log_every = max(1, steps // 200)
 
     model = _model(config).to(device, memory_format=torch.channels_last)
-    teacher = copy.deepcopy(nn.ModuleList([model.encoder, model.projector])) if config.objective == "byol" else None
+    followed = nn.ModuleList([model.encoder, model.projector])
+    teacher = copy.deepcopy(followed) if needs_target(config.objective) else None
     optimiser = _optimiser(config, model)
     pixels = images.pixels.to(device)
     augmentation = config.augmentation()
@@ -333,7 +334,7 @@ def _train(
             optimiser.step()
             if teacher is not None:
                 decay = 1 - (1 - config.teacher_momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
-                _average(teacher, nn.ModuleList([model.encoder, model.projector]), decay)
+                _average(teacher, followed, decay)
 
             step += 1
             for name, value in terms.items():
@@ -380,7 +381,7 @@ def terms_of(history: list[dict[str, float]]) -> list[str]:
 
 
 class _Model(nn.Module):
-    """Encoder, projector and, for BYOL, predictor: patches [views, batch, 3, s, s] -> z [views, batch, dim]."""
+    """Encoder, projector and, beside an averaged network, predictor: patches [views, batch, 3, s, s] -> z [views, batch, dim]."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None):
         super().__init__()
@@ -396,8 +397,9 @@ def _model(config: PretrainConfig) -> _Model:
     projector = build_projector(
         config.objective, encoder.dim, config.projector_hidden, config.projector_dim, config.seed
     )
-    byol = config.objective == "byol"
-    predictor = build_predictor(config.projector_dim, config.projector_hidden, config.seed) if byol else None
+    predictor = None
+    if needs_target(config.objective):
+        predictor = build_predictor(config.projector_dim, config.projector_hidden, config.seed)
     return _Model(encoder, projector, predictor)
 
 

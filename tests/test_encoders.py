@@ -7,6 +7,7 @@ from torchvision.models import resnet18, resnet34
 
 from bagssl.encoders import build_encoder, build_projector
 from bagssl.errors import InputError
+from bagssl.objectives import OBJECTIVES
 
 
 def reference(make):
@@ -49,7 +50,7 @@ def test_building_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize("objective", ["tcr", "simclr", "vicreg", "byol", "barlow"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_projectors(objective):
     assert build_projector(objective, 32, 16, 8)(torch.rand(4, 32)).shape == (4, 8)
 

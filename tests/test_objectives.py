@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from lightly.loss.negative_cosine_similarity import NegativeCosineSimilarity
 
-from bagssl.objectives import OBJECTIVES, barlow, byol, coding_rate, simclr, spread, tcr, vicreg
+from bagssl.objectives import OBJECTIVES, barlow, byol, coding_rate, moco, simclr, spread, tcr, vicreg
 
 
 def projections(views=3, batch=12, dim=8, seed=0, dtype=torch.float64):
@@ -92,10 +92,11 @@ def test_gradients_are_those_of_finite_differences(name, batch, dim):
     assert torch.autograd.gradcheck(lambda z: OBJECTIVES[name](z)["loss"], z)
 
 
-def test_byol_gradient_reaches_the_prediction_and_not_the_target():
+@pytest.mark.parametrize("objective", [byol, moco])
+def test_the_gradient_reaches_the_prediction_and_not_the_target(objective):
     z, target = projections(seed=1).requires_grad_(), projections(seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: byol(z, target)["loss"], z)
-    byol(z, target)["loss"].backward()
+    assert torch.autograd.gradcheck(lambda z: objective(z, target)["loss"], z)
+    objective(z, target)["loss"].backward()
     assert z.grad.abs().sum() > 0 and target.grad is None
 
 
@@ -118,6 +119,17 @@ def test_pairwise_objectives_are_lightlys_averaged_over_pairs(views, batch, dim)
     torch.testing.assert_close(byol(z, target)["loss"], 2 + 2 * both)
     # negative control: the whole variance term, not half of it, is what some libraries compute
     assert abs(vicreg(z, variance=50.0)["loss"] - mean(VICRegLoss())) > 1e-2 * vicreg(z)["variance"]
+
+
+def test_moco_is_the_cross_entropy_of_queries_with_keys():
+    queries, keys = projections(3, seed=1), projections(3, seed=2)
+    logits = {(a, b): F.normalize(queries[a], dim=-1) @ F.normalize(keys[b], dim=-1).T / 0.3
+              for a, b in itertools.permutations(range(3), 2)}  # fmt: skip
+    losses = [F.cross_entropy(pair, torch.arange(len(pair))) for pair in logits.values()]
+    expected = sum(losses) / len(losses)
+    torch.testing.assert_close(moco(queries, keys, temperature=0.3)["loss"], expected, rtol=1e-12, atol=0)
+    # negative control: a view's query against its own key is no pair
+    assert abs(moco(queries, queries, temperature=0.3)["loss"] - expected) > 1e-2
 
 
 def test_vicreg_is_its_formula_in_float64():

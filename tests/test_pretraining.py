@@ -16,6 +16,7 @@ import torch
 from bagssl import pretraining, runs
 from bagssl.data import load
 from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.objectives import OBJECTIVES
 from bagssl.pretraining import PretrainConfig, learning_rate_at, load_encoder, load_projector, pretrain
 
 TINY = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "projector_hidden": 16, "projector_dim": 8, "epochs": 3}
@@ -36,7 +37,7 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("objective", ["tcr", "simclr", "vicreg", "byol", "barlow"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("training", ["patch-based", "multi-scale"])
 def test_every_objective_trains_on_three_views(images, tmp_path, objective, training):
     run = train(images, tmp_path, objective=objective, training=training, views=3, epochs=1)
@@ -76,7 +77,7 @@ def test_same_seed_same_weights(images, tmp_path):
     assert not same_weights(train(images, tmp_path / "a"), train(images, tmp_path / "a", seed=1))
 
 
-@pytest.mark.parametrize("objective", ["tcr", "byol"])
+@pytest.mark.parametrize("objective", ["tcr", "byol", "moco"])
 def test_stopped_at_every_step_it_ends_with_the_same_weights(images, tmp_path, objective):
     straight = train(images, tmp_path / "straight", objective=objective)
     for stops in itertools.count(1):
