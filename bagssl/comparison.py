@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student_t
 
+from bagssl import runs
 from bagssl.data import Images
 from bagssl.errors import InputError
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.paths import results_root
 from bagssl.pretraining import PretrainConfig, pretrain
-from bagssl.probes import paired_interval
+from bagssl.probes import RESAMPLES, paired_interval
 from bagssl.runs import Run
 
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
@@ -59,10 +61,10 @@ def train_all(configs: Sequence[PretrainConfig], images: Images, **how: Any) -> 
     return [pretrain(config, images, **how) for config in configs]
 
 
-def measure_all(runs: Sequence[Run], train: Images, test: Images, ks: Sequence[int], **how: Any) -> pd.DataFrame:
+def measure_all(trained: Sequence[Run], train: Images, test: Images, ks: Sequence[int], **how: Any) -> pd.DataFrame:
     """One row per run, K, probe and feature, as from `evaluate`, with the arm, seed and crops it belongs to."""
     rows = []
-    for run in runs:
+    for run in trained:
         config = run.config
         name = "none" if config["training"] == "untrained" else config["objective"]
         arm = {"objective": name, "training": config["training"], "seed": config["seed"], "crops": run.metrics["crops"]}
@@ -114,17 +116,22 @@ def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFram
                 a, b = (_arm(chosen, objective, probe, *arm) for arm in pair)
                 first, second = (f"{training}, {'centre crop' if k == 0 else f'K = {k}'}" for training, k in pair)
                 named = {"objective": objective, "probe": probe, "first": first, "second": second}
-                rows.append({**named, **_difference(a, b, images)})
+                rows.append({**named, **difference(a, b, images)})
     return pd.DataFrame(rows)
 
 
 def _arm(measured: pd.DataFrame, objective: str, probe: str, training: str, k: int) -> pd.DataFrame:
     name = "none" if training == "untrained" else objective
     rows = measured[(measured[["objective", "probe", "training", "k"]] == [name, probe, training, k]).all(axis=1)]
-    return rows.set_index("seed").sort_index()
+    return rows
 
 
-def _difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
+def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
+    """a - b in points of accuracy, paired by seed: rows of `measure_all`, one per seed, on `images` test images.
+
+    The interval and its verdict are those of `gains`.
+    """
+    a, b = (rows.set_index("seed").sort_index() for rows in (a, b))
     points = (a["accuracy"] - b["accuracy"]).to_numpy(float)
     if len(points) > 1:
         half = student_t.ppf(0.975, len(points) - 1) * points.std(ddof=1) / np.sqrt(len(points))
@@ -134,6 +141,21 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]
         low, high = paired_interval(right - wrong)
     verdict = "above" if low > 0 else "below" if high < 0 else "undecided"
     return {"points": points.mean(), "low": low, "high": high, "seeds": len(points), "verdict": verdict}
+
+
+def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images: int, seed: int = 0) -> dict[str, float]:
+    """The median over pairs (a, b) of a - b, in points, and its 95 % interval.
+
+    a and b as in `difference`. The interval is a bootstrap over the test images, the same for all pairs; the seeds
+    of a pair are averaged.
+    """
+    def right(rows: pd.DataFrame) -> np.ndarray:
+        return np.mean([unpack_correct(packed, images) for packed in rows["correct"]], axis=0)
+
+    better = np.stack([right(a) - right(b) for a, b in pairs])  # [pairs, images]
+    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
+    low, high = np.percentile(100 * np.median(weights @ better.T, axis=1), (2.5, 97.5))
+    return {"points": 100 * float(np.median(better.mean(axis=1))), "low": float(low), "high": float(high)}
 
 
 def sentences(reading: pd.DataFrame) -> str:
@@ -146,6 +168,18 @@ def sentences(reading: pd.DataFrame) -> str:
         for row in reading.to_dict("records")
     ]
     return "\n".join([f"Differences in points of accuracy, with the {how}:", "", *lines])
+
+
+def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images]) -> pd.DataFrame:
+    """What made the results, as a table; the records of the runs (all but their weights) are copied to output/runs."""
+    for run in trained:
+        shutil.copytree(run.path, output / "runs" / run.path.name, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("weights.safetensors", "checkpoint.pt", ".*"))  # fmt: skip
+    made = runs.provenance()
+    rows = {**made["versions"], **made["hardware"], "commit": made["commit"], "changed since": made["dirty"],
+            **{f"{name} data": split.fingerprint[:16] for name, split in images.items()},
+            "runs": ", ".join(run.path.name for run in trained), "time (UTC)": made["time"]}  # fmt: skip
+    return pd.Series(rows, name="").to_frame()
 
 
 def output_folder(experiment: str) -> Path:

@@ -1,7 +1,7 @@
 """Datasets as tensors: a name and a split give `Images`, and nothing else reads image files.
 
 A dataset lies in one cache, data/<name>.safetensors: the uint8 pixels and the labels of both splits, with
-their SHA-256 fingerprints, which are checked whenever it is read. `synthetic` is embedded and needs no cache.
+their SHA-256 fingerprints, which are checked whenever it is read. `EMBEDDED` ones are made, and need no cache.
 There is no fallback to other data: what is absent or damaged is an `InputError` that says how to add it.
 """
 
@@ -88,6 +88,15 @@ class Images:
         return Images(self.pixels[index], self.labels[index], self.classes)
 
 
+def _synthetic(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    pixels, labels, _ = synthetic.draw(split)
+    return pixels, labels, synthetic.CLASSES
+
+
+# What is made, not read: name -> a function from "train" or "test" to pixels, labels and classes (see `Images`).
+EMBEDDED = {"synthetic": _synthetic}
+
+
 def fingerprint(pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
     """SHA-256, in hex, over shape, classes, pixels and labels."""
     header = {"shape": list(pixels.shape), "classes": list(classes)}
@@ -104,9 +113,8 @@ def load(name: str, split: str, root: Path | None = None) -> Images:
     """
     if split not in SPLITS:
         raise _refusal(f"unknown split {split!r}: there are train and test")
-    if name == "synthetic":
-        pixels, labels, _ = synthetic.draw(split)
-        return Images(pixels, labels, synthetic.CLASSES)
+    if name in EMBEDDED:
+        return Images(*EMBEDDED[name](split))
     if not available(name, root):
         raise _refusal(f"the dataset {name!r} is not in {_root(root)}: add it by {_how_to_add(name)}")
     path = _cache(name, root)
@@ -133,12 +141,12 @@ def check(name: str, root: Path | None = None) -> dict[str, str]:
 
 def available(name: str, root: Path | None = None) -> bool:
     """Whether `name` is embedded or has a cache; `check` says whether that is sound."""
-    return name == "synthetic" or (_is_name(name) and _cache(name, root).is_file())
+    return name in EMBEDDED or (_is_name(name) and _cache(name, root).is_file())
 
 
 def names(root: Path | None = None) -> list[str]:
     """The datasets that are known by name, then those that were added to this root."""
-    known = ["synthetic", *CIFAR]
+    known = [*EMBEDDED, *CIFAR]
     added = (path.stem for path in _root(root).glob("*.safetensors") if _is_name(path.stem))
     return known + sorted(set(added) - set(known))
 
@@ -158,8 +166,8 @@ def get(name: str, root: Path | None = None, force: bool = False) -> str:
     A sound cache is left alone, unless `force`. Raises InputError, leaving the cache as it was, when the
     machine is offline, the server does not answer or what it sends is damaged.
     """
-    if name == "synthetic":
-        return "synthetic is embedded: there is nothing to get"
+    if name in EMBEDDED:
+        return f"{name} is embedded: there is nothing to get"
     if name not in CIFAR:
         raise _refusal(f"only {' and '.join(CIFAR)} can be downloaded: add {name!r} by {_how_to_add(name)}")
     if not force and _fingerprints(name, root):
@@ -189,8 +197,8 @@ def add(
     changes nothing, and other content replaces a sound cache only with `force`. Raises InputError, leaving
     the cache as it was, on anything that is not so.
     """
-    if name == "synthetic":
-        raise _refusal("the name synthetic belongs to the embedded data: choose another")
+    if name in EMBEDDED:
+        raise _refusal(f"the name {name} belongs to embedded data: choose another")
     if not _is_name(name):
         raise _refusal(f"{name!r} cannot name a dataset: use small letters, digits, - and _")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size not in SIZES):
@@ -253,11 +261,11 @@ def _opened(path: Path, name: str) -> Iterator[tuple]:
 def _about(name: str, root: Path | None) -> dict:
     """The row of `status`, but for the name."""
     row = {"state": "absent", "train": None, "test": None, "classes": None, "size": "", "source": ""}
-    if name == "synthetic":
-        row |= {split: count for split, (count, _) in synthetic.SPLITS.items()}
-        size = f"{synthetic.SIDE}×{synthetic.SIDE}"
-        row |= {"state": "embedded", "classes": len(synthetic.CLASSES)}
-        return row | {"size": size, "source": "built in"}
+    if name in EMBEDDED:
+        images = {split: load(name, split) for split in SPLITS}
+        row |= {split: len(part) for split, part in images.items()} | {"state": "embedded", "source": "built in"}
+        size = "{2}×{3}".format(*images["train"].pixels.shape)
+        return row | {"classes": len(images["train"].classes), "size": size}
     if not available(name, root):
         return row | {"source": _how_to_add(name)}
     try:

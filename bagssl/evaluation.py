@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from bagssl import runs
@@ -32,22 +33,24 @@ def evaluate(
     *,
     probes: Sequence[str] = ("knn", "linear"),
     features: Sequence[str] = ("h",),
-    scale: float,
+    scale: float | Sequence[float],
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Accuracy of `run` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
-    Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at the size it was trained on. Returns one row per feature, K and probe: accuracy, low and high in
-    per cent, the probe's settings, and which test images were right (`unpack_correct`). A protocol that was measured before on this run is read from its folder.
+    Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at the size it
+    was trained on; of several scales, each gives a bag of K, and their means are concatenated. Returns one row per
+    feature, K and probe: accuracy, low and high in per cent, the probe's settings, and which test images were right
+    (`unpack_correct`). A protocol that was measured before on this run is read from its folder.
     Raises InputError for an unknown probe or feature, or a K that is no whole number of at least 0.
     """
     check_protocol(ks, probes, features)
     config = run.config
     protocol = {
         "protocol": PROTOCOL, "ks": sorted(set(ks)), "probes": sorted(probes), "features": sorted(features),
-        "scale": scale, "size": config["size"], "seed": seed,
+        "scale": list(scale) if isinstance(scale, Sequence) else scale, "size": config["size"], "seed": seed,
         "train": train.fingerprint, "test": test.fingerprint, "weights": run.metrics["weights_sha256"],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
@@ -85,14 +88,21 @@ def _measure(
     encoder = load_encoder(run, device)
     if feature == "z":
         encoder = nn.Sequential(encoder, load_projector(run, device))
-    how = {"scale": protocol["scale"], "size": protocol["size"], "device": device, "progress": progress}
+    ks, scales = protocol["ks"], protocol["scale"]
+
+    def embed(images: Images, seed: int) -> dict[int, Tensor]:
+        how = {"size": protocol["size"], "seed": seed, "device": device, "progress": progress}
+        bags = [embed_bags(encoder, images.pixels, ks, scale=scale, **how)
+                for scale in (scales if isinstance(scales, list) else [scales])]  # fmt: skip
+        return {k: torch.cat([bag[k] for bag in bags], dim=1) for k in ks}
+
     # other patches for the test images than for the training images
-    bags = embed_bags(encoder, train.pixels, protocol["ks"], seed=protocol["seed"], **how)
-    bags_test = embed_bags(encoder, test.pixels, protocol["ks"], seed=protocol["seed"] + 1, **how)
+    bags, bags_test = embed(train, protocol["seed"]), embed(test, protocol["seed"] + 1)
     rows = []
-    for k in protocol["ks"]:
+    for k in ks:
         for probe in protocol["probes"]:
-            result = PROBES[probe](bags[k].to(device), train.labels.to(device), bags_test[k].to(device), test.labels.to(device))
+            features = bags[k], train.labels, bags_test[k], test.labels
+            result = PROBES[probe](*(tensor.to(device) for tensor in features))
             rows.append(
                 {"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
                  "high": result.high, "settings": result.settings, "correct": _pack(result.correct)}

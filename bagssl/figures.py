@@ -210,23 +210,24 @@ def accuracy_against_k(frame: pd.DataFrame, feature: str = "h", heading: str | N
     return figure
 
 
+def _errors(rows: pd.DataFrame) -> np.ndarray:
+    both = np.stack([rows["accuracy_std"], rows["accuracy_std"]]).astype(float)
+    if {"low", "high"} <= set(rows.columns):
+        interval = np.stack([rows["accuracy_mean"] - rows["low"], rows["high"] - rows["accuracy_mean"]])
+        both = np.where(np.isnan(both), interval.astype(float), both)
+    return np.nan_to_num(both)
+
+
 def _draw_arm(axis: Axes, arm: pd.DataFrame, ks: Sequence[int], tint: str, training: str):
     arm = arm.sort_values("k")
     line, marker = LINES.get(training, ("-", "o"))
     fill = tint if training != "multi-scale" else "white"
 
-    def errors(rows: pd.DataFrame) -> np.ndarray:
-        both = np.stack([rows["accuracy_std"], rows["accuracy_std"]]).astype(float)
-        if {"low", "high"} <= set(rows.columns):
-            interval = np.stack([rows["accuracy_mean"] - rows["low"], rows["high"] - rows["accuracy_mean"]])
-            both = np.where(np.isnan(both), interval.astype(float), both)
-        return np.nan_to_num(both)
-
     bags, centre = arm[arm["k"] > 0], arm[arm["k"] == 0]
     looks = {"color": tint, "marker": marker, "markerfacecolor": fill, "capsize": 2, "elinewidth": 1}
-    drawn = axis.errorbar(bags["k"], bags["accuracy_mean"], errors(bags), linestyle=line, **looks)
+    drawn = axis.errorbar(bags["k"], bags["accuracy_mean"], _errors(bags), linestyle=line, **looks)
     if len(centre):
-        axis.errorbar([_centre(ks)], centre["accuracy_mean"], errors(centre), linestyle="none", **looks)
+        axis.errorbar([_centre(ks)], centre["accuracy_mean"], _errors(centre), linestyle="none", **looks)
     if len(centre) and training == "multi-scale":
         axis.axhline(centre["accuracy_mean"].iloc[0], color=tint, linestyle=":", linewidth=1.2, zorder=1)
     return drawn
@@ -259,6 +260,63 @@ def _heading(frame: pd.DataFrame) -> str:
     one, many = (f"{row['accuracy_mean']:.1f} % with K = {row['k']}" for row in (first, best))
     probe = title(best["probe"]).replace("Linear", "linear")
     return f"{title(best['objective'])}, {best['training']}: {one}, {many} ({probe})"
+
+
+def accuracy_curves(axis: Axes, frame: pd.DataFrame, x: str, by: str, label: str) -> None:
+    """Accuracy against the column `x` on a logarithmic axis, one line per value of `by`, from light to dark.
+
+    Bars as in `accuracy_against_k`; `label` is a format such as "K = {}".
+    """
+    values = sorted(frame[by].unique())
+    for value, tint in zip(values, sns.color_palette("crest", len(values)), strict=True):
+        rows = frame[frame[by] == value].sort_values(x)
+        axis.errorbar(rows[x], rows["accuracy_mean"], _errors(rows), color=tint, marker="o", capsize=2,
+                      elinewidth=1, label=label.format(value))  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(frame[x].unique()), [f"{value:,g}" for value in sorted(frame[x].unique())])
+    axis.minorticks_off()
+    axis.set_ylabel("accuracy (%)")
+
+
+def accuracy_against_scale(frame: pd.DataFrame) -> Figure:
+    """Accuracy over patch scale and K: as a heat map, and as curves against the scale with the untrained encoder.
+
+    frame: rows of `comparison.over_seeds` of one objective, probe and feature, with a column `scale`.
+    """
+    trained, untrained = (frame[(frame["training"] == "untrained") == flag] for flag in (False, True))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), width_ratios=(1, 1.15))
+    grid = trained.pivot(index="k", columns="scale", values="accuracy_mean").sort_index(ascending=False)
+    sns.heatmap(grid, ax=left, cmap="crest", annot=True, fmt=".1f", cbar=False, linewidths=1)
+    left.set(xlabel="patch scale (share of the area)", ylabel="K, patches in the bag", title="accuracy (%)")
+    accuracy_curves(right, trained, "scale", "k", "K = {}")
+    floor = untrained[untrained["k"] == untrained["k"].max()].sort_values("scale")
+    right.plot(floor["scale"], floor["accuracy_mean"], color=GREY, marker="D", label=f"untrained, K = {floor['k'].max()}")
+    right.set(xlabel="patch scale (share of the area)")
+    right.legend(ncols=2)
+    return figure
+
+
+def gain_figure(frame: pd.DataFrame) -> Figure:
+    """A line per objective from the accuracy of its centre crop to those of its bags.
+
+    frame: columns objective, representation, accuracy; the first representation is the line's start.
+    """
+    names = list(frame["representation"].unique())
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * frame["objective"].nunique()))
+    for row, (objective, rows) in enumerate(frame.groupby("objective", sort=False)):
+        tint, values = colour(objective), rows.set_index("representation")["accuracy"]
+        axis.plot([values.min(), values.max()], [row, row], color=tint, linewidth=2, alpha=0.4, zorder=1)
+        for name, marker in zip(names, ("o", "s", "D", "^"), strict=False):
+            fill = "white" if name == names[0] else tint
+            axis.plot(values[name], row, marker, color=tint, markerfacecolor=fill, markersize=7)
+    axis.set_yticks(range(frame["objective"].nunique()), [title(name) for name in frame["objective"].unique()])
+    axis.invert_yaxis()
+    axis.set_xlabel("accuracy (%)")
+    keys = [Line2D([], [], color="#4D4D4D", marker=marker, linestyle="none", label=name,
+                   markerfacecolor="white" if name == names[0] else "#4D4D4D")
+            for name, marker in zip(names, ("o", "s", "D", "^"), strict=False)]  # fmt: skip
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    return figure
 
 
 def patch_figure(images: Tensor, boxes: Tensor) -> Figure:

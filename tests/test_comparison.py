@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from bagssl import comparison, evaluation
+from bagssl.bags import embed_bags
 from bagssl.data import load
 from bagssl.errors import InputError
 from bagssl.evaluation import evaluate, unpack_correct
-from bagssl.pretraining import pretrain
+from bagssl.pretraining import load_encoder, pretrain
+from bagssl.probes import knn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +84,20 @@ def test_other_test_images_or_patches_are_another_protocol(images, finished):
     assert rows() == rows()
 
 
+def test_bags_of_several_scales_are_probed_side_by_side(images, finished):
+    run, (train, test) = finished[0], images
+    encoder, how = load_encoder(run), {"size": run.config["size"], "device": "cpu"}
+
+    def features(split, seed):
+        return torch.cat([embed_bags(encoder, split.pixels, [4], scale=s, seed=seed, **how)[4] for s in (0.1, 0.5)], 1)
+
+    expected = knn(features(train, 0), train.labels, features(test, 1), test.labels)
+    (row,) = evaluate(run, train, test, [4], scale=(0.1, 0.5), probes=["knn"], progress=False)
+    assert np.array_equal(unpack_correct(row["correct"], len(test)), expected.correct.numpy())
+    (alone,) = evaluate(run, train, test, [4], scale=0.1, probes=["knn"], progress=False)
+    assert alone["correct"] != row["correct"]  # negative control
+
+
 @pytest.mark.parametrize("wrong", [{"probes": ["svm"]}, {"features": ["g"]}, {"ks": []}, {"ks": [-1]}, {"ks": ["a"]}, {"features": []}, {"scale": 2.0}, {"scale": 0.0}])
 def test_senseless_protocols_are_refused(images, finished, wrong):
     with pytest.raises(InputError):
@@ -122,6 +138,21 @@ def test_a_bag_is_compared_with_one_patch_only_if_one_patch_was_measured():
     assert len(gains) == 4 and not gains["second"].str.contains("K = 1$").any()
 
 
+def test_the_median_difference_over_pairs_has_the_bootstrap_interval_of_its_images():
+    def rows(right):
+        return pd.DataFrame({"seed": [0], "accuracy": [100 * right.mean()], "correct": [np.packbits(right).tobytes().hex()]})
+
+    generator, images = np.random.default_rng(0), 4000
+    base = generator.random(images) < 0.5
+    better = [base | (generator.random(images) < share) for share in (0.02, 0.2, 0.6)]
+    pairs = [(rows(right), rows(base)) for right in better]
+    found = comparison.median_difference(pairs, images)
+    assert found["points"] == pytest.approx(100 * (better[1].mean() - base.mean()))  # of the middle pair
+    alone = comparison.difference(*pairs[1], images)  # far from the others, the median is always the middle pair
+    assert [found["low"], found["high"]] == pytest.approx([alone["low"], alone["high"]], abs=0.15)
+    assert found["low"] > 0 > comparison.median_difference([(b, a) for a, b in pairs], images)["high"]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -133,3 +164,13 @@ def test_senseless_arms_are_refused(wrong):
     with pytest.raises(InputError) as error:
         comparison.arms(**{"objectives": ["tcr"], "seeds": [0], "recipe": RECIPE, "overrides": {}, **wrong})
     assert "\n" not in str(error.value)
+
+
+def test_the_records_of_runs_are_kept_without_their_weights(images, finished, tmp_path):
+    table = comparison.provenance(tmp_path, finished, {"training": images[0]})
+    kept = tmp_path / "runs" / finished[0].path.name
+    assert {"config.json", "metrics.json", "history.csv", "provenance.json"} <= {path.name for path in kept.iterdir()}
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert table.loc["training data", ""] == images[0].fingerprint[:16]
+    assert all(run.key in table.loc["runs", ""] for run in finished)
+    comparison.provenance(tmp_path, finished, {"training": images[0]})  # and again, over what is there

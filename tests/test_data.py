@@ -365,7 +365,7 @@ def name_with_a_line_break_at_its_end(tree):
 
 
 def reserved_name(tree):
-    return {"name": "synthetic"}, "belongs to the embedded data"
+    return {"name": "synthetic"}, "belongs to embedded data"
 
 
 def size_of_nothing(tree):

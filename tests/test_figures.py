@@ -169,3 +169,26 @@ def test_wrong_frames_are_refused():
         figures.comparison_table(frame(), feature="z")
     with pytest.raises(InputError, match="K above 0"):
         figures.accuracy_against_k(frame().query("k == 0"))
+
+
+def test_scale_figure_shows_every_cell_and_line():
+    scales = (0.06, 0.25, 1.0)
+    rows = frame()[lambda rows: (rows["probe"] == "linear") & rows["objective"].isin(["tcr", "none"])
+                   & (rows["training"] != "multi-scale") & (rows["k"] > 0)]  # fmt: skip
+    table = pd.concat([rows.assign(scale=scale, accuracy_mean=rows["accuracy_mean"] + 10 * scale) for scale in scales])
+    heat, curves = figures.accuracy_against_scale(table).axes
+    assert [text.get_text() for text in heat.texts] == ["62.6", "64.5", "72.0", "50.6", "52.5", "60.0"]  # K = 16 above K = 1
+    drawn = {label: container.lines[0].get_ydata().tolist()
+             for label, container in zip(curves.get_legend_handles_labels()[1][1:], curves.containers, strict=True)}
+    assert drawn == {"K = 1": [50.6, 52.5, 60.0], "K = 16": [62.6, 64.5, 72.0]}
+    floor = next(line for line in curves.lines if line.get_label() == "untrained, K = 16")
+    assert floor.get_ydata().tolist() == [70.6, 72.5, 80.0]
+
+
+def test_gain_figure_has_a_line_per_objective_from_the_lowest_to_the_highest():
+    table = pd.DataFrame([{"objective": objective, "representation": name, "accuracy": value}
+                          for objective, values in {"tcr": (50, 60, 65), "moco": (55, 52, 58)}.items()
+                          for name, value in zip(("centre crop", "bag", "bags"), values)])  # fmt: skip
+    axis = figures.gain_figure(table).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["TCR", "MoCo v3"]
+    assert sorted(value for line in axis.lines for value in line.get_xdata() if len(line.get_xdata()) == 2) == [50, 52, 58, 65]
