@@ -32,6 +32,25 @@ class Accuracy:
     settings: dict  # what the probe was and what it chose; plain numbers, ready for JSON
 
 
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A fitted linear probe, its standardisation folded in: logits = features @ weights.T + intercept, in float64.
+
+    weights: [classes, dim]; intercept: [classes]; classes: int64 [classes], the label of each row; centre: [dim], the
+    mean of the features it was fitted to; settings: as in `Accuracy`.
+    """
+
+    weights: Tensor
+    intercept: Tensor
+    classes: Tensor
+    centre: Tensor
+    settings: dict
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits float64 [..., classes] of features [..., dim]."""
+        return F.linear(features.double(), self.weights, self.intercept)
+
+
 def knn(
     train: Tensor,
     train_labels: Tensor,
@@ -75,6 +94,22 @@ def linear(
     held_out: float = 0.1,
     seed: int = 0,
 ) -> Accuracy:
+    """Accuracy of `fit_linear`'s classifier on the test images. Raises as it does."""
+    _check(train, train_labels, test, test_labels)
+    options = {"regularisations": regularisations, "held_out": held_out, "seed": seed}
+    classifier = fit_linear(train, train_labels, **options)
+    predicted = [classifier.classes[classifier.logits(block).argmax(dim=1)] for block in test.split(2**14)]
+    return _accuracy(torch.cat(predicted), test_labels, classifier.settings)
+
+
+def fit_linear(
+    train: Tensor,
+    train_labels: Tensor,
+    *,
+    regularisations: Sequence[float] = STRENGTHS,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> Classifier:
     """Multinomial logistic regression on standardised features, with its strength chosen on held-out images.
 
     Minimises mean cross-entropy + strength / 2 * |weights|^2, the intercept free: a strength is 1 / (C n) in the
@@ -90,7 +125,7 @@ def linear(
         raise ValueError(f"regularisations must be positive and finite, not {tuple(regularisations)}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, not {held_out}")
-    classes, targets = _check(train, train_labels, test, test_labels)
+    classes, targets = _check(train, train_labels)
     chosen, start, settings = grid[0], None, {}
     if len(grid) > 1:
         judged = _held_out(targets, held_out, seed)
@@ -108,11 +143,9 @@ def linear(
         }
     # in double precision, where the line search sees past rounding
     weights, last = _fit(train.double(), targets, len(classes), chosen, start, 1e-6)
-    predicted = torch.cat(
-        [classes[_logits(block.double(), weights).argmax(dim=1)] for block in test.split(2**14)]
-    )
     strength = {"probe": "linear", "regularisation": chosen, "C": 1 / (chosen * len(train))}
-    return _accuracy(predicted, test_labels, {**strength, **settings, **last})
+    centre = train.double().mean(dim=0)
+    return Classifier(weights[:, :-1], weights[:, -1], classes, centre, {**strength, **settings, **last})
 
 
 def difference(a: Accuracy, b: Accuracy, seed: int = 0) -> tuple[float, float, float]:
@@ -151,9 +184,12 @@ def _accuracy(predicted: Tensor, labels: Tensor, settings: dict) -> Accuracy:
     return Accuracy(100 * share, float(low), float(high), correct, predicted, settings)
 
 
-def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes seen in training, ascending, and each training image's place among them."""
-    for name, features, labels in (("training", train, train_labels), ("test", test, test_labels)):
+def _check(train: Tensor, train_labels: Tensor, *test: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes seen in training, ascending, and each training image's place among them.
+
+    test: features and labels, where there are some to be classified.
+    """
+    for name, features, labels in (("training", train, train_labels), *[("test", *test)] * bool(test)):
         if features.ndim != 2 or labels.shape != features.shape[:1] or labels.is_floating_point():
             raise ValueError(
                 f"{name} features must be [images, dim] and labels integers [images], "
@@ -167,9 +203,9 @@ def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tenso
                 f"{wrong} of {len(features)} {name} images have NaN or infinite features: "
                 "the encoder has diverged, train it again with a lower learning rate"
             )
-    if train.shape[1] != test.shape[1]:
+    if test and train.shape[1] != test[0].shape[1]:
         raise ValueError(
-            f"training features have {train.shape[1]} dimensions and test features {test.shape[1]}"
+            f"training features have {train.shape[1]} dimensions and test features {test[0].shape[1]}"
         )
     classes, targets = train_labels.to(train.device).unique(return_inverse=True)
     if len(classes) < 2:
