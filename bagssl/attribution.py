@@ -1,0 +1,111 @@
+"""Which patches speak for which class: a linear probe on a mean of patch embeddings, taken apart exactly.
+
+A bag is h = mean of h_k over K patches, and a linear probe reads from it the logits W h + b. They are the sum over
+patches of (W h_k + b) / K: one term per patch and class, with nothing left over. A term is evidence in units of the
+logit; what is shared by all classes tells nothing, and the weights of a regularised probe sum to zero over classes.
+
+Terms are float64 [patches, images, classes], boxes int64 [patches, images, 4] (top, left, height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bagssl.patches import native_size
+from bagssl.probes import RESAMPLES, Classifier
+
+
+def grid_boxes(n: int, height: int, width: int, scale: float, stride: int) -> Tensor:
+    """Square boxes of the share `scale` of the area, every `stride` pixels in each of n images.
+
+    The last row and column of boxes end at the image's border, whatever the stride. Returns int64 [patches, n, 4],
+    row by row.
+    """
+    side = native_size(scale, height, width)
+    tops, lefts = (torch.tensor([*range(0, full - side, stride), full - side]) for full in (height, width))
+    corners = torch.cartesian_prod(tops, lefts)
+    boxes = torch.cat([corners, torch.full_like(corners, side)], dim=1)
+    return boxes[:, None].expand(-1, n, -1).contiguous()
+
+
+def terms(classifier: Classifier, embeddings: Tensor) -> Tensor:
+    """What each patch adds to each logit of its bag: [patches, images, dim] -> [patches, images, classes].
+
+    The intercept and the centring of the features are spread evenly over the patches, so that
+    terms.sum(0) = classifier.logits(embeddings.mean(0)) but for rounding.
+    """
+    return classifier.logits(embeddings) / len(embeddings)
+
+
+def evidence_maps(terms: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """The mean logit of the patches that cover a pixel, [images, classes, height, width]; NaN where none does.
+
+    A patch alone in its bag would have the logit patches × term. Each is spread over the pixels of its box, and the
+    sum divided by the number of boxes over the pixel. Taken as a double cumulative sum over corners of boxes.
+    """
+    patches, images, classes = terms.shape
+    values = torch.cat([patches * terms, terms.new_ones(patches, images, 1)], dim=2)
+    corners = values.new_zeros(images, (height + 1) * (width + 1), classes + 1)
+    top, left, high, wide = boxes.unbind(2)
+    for row, column, sign in ((0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1)):
+        place = (top + row * high) * (width + 1) + left + column * wide
+        corners.scatter_add_(1, place.T[:, :, None].expand(-1, -1, classes + 1), sign * values.transpose(0, 1))
+    sums = corners.view(images, height + 1, width + 1, -1).cumsum(1).cumsum(2)[:, :height, :width]
+    coverage = sums[..., -1:]
+    return torch.where(coverage > 0, sums[..., :-1] / coverage, torch.nan).permute(0, 3, 1, 2)
+
+
+def by_evidence(terms: Tensor, classes: Tensor) -> Tensor:
+    """The patches of each image, strongest evidence for its class in `classes` (int64 [images]) first.
+
+    Returns places int64 [patches, images].
+    """
+    chosen = classes[None, :, None].expand(len(terms), -1, 1)
+    return terms.gather(2, chosen)[..., 0].argsort(dim=0, descending=True, stable=True)
+
+
+def at_random(patches: int, images: int, seed: int = 0) -> Tensor:
+    """An order of its own for each image, [patches, images]."""
+    return torch.rand(patches, images, generator=torch.Generator().manual_seed(seed)).argsort(dim=0)
+
+
+def insertion(terms: Tensor, order: Tensor, nothing: Tensor) -> Tensor:
+    """Logits [patches + 1, images, classes] of the bags of the first 0, 1, ... all patches in `order`.
+
+    The mean is taken anew over what is in the bag. nothing: float64 [classes], the logits of the empty bag; those
+    of the average training image, `classifier.logits(classifier.centre)`, say no more than the classes' shares.
+    """
+    logits = len(terms) * terms.gather(0, order[..., None].expand_as(terms))
+    count = torch.arange(1, len(terms) + 1, dtype=terms.dtype)
+    return torch.cat([nothing.expand_as(logits[:1]), logits.cumsum(0) / count[:, None, None]])
+
+
+def deletion(terms: Tensor, order: Tensor, nothing: Tensor) -> Tensor:
+    """Logits [patches + 1, images, classes] after the first 0, 1, ... all patches in `order` were taken out."""
+    return insertion(terms, order.flip(0), nothing).flip(0)
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over images of values [..., images], and its 95 % bootstrap interval: three arrays [...]."""
+    images = values.shape[-1]
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
+    low, high = np.percentile(values @ draws.T, (2.5, 97.5), axis=-1)
+    return values.mean(-1), low, high
+
+
+def part_shares(boxes: Tensor, parts: Tensor, cell: int, types: int) -> Tensor:
+    """How much of each patch shows each type of part: float64 [patches, images, types], summing to 1.
+
+    parts: int64 [images, rows, columns], the type in each cell of `cell` pixels, as `synthetic.generate` gives them.
+    """
+    top, left, high, wide = boxes.unbind(2)
+    overlaps = []
+    for start, length, cells in ((top, high, parts.shape[1]), (left, wide, parts.shape[2])):
+        edges = cell * torch.arange(cells)
+        ends = torch.minimum((start + length)[..., None], edges + cell)
+        overlaps.append((ends - torch.maximum(start[..., None], edges)).clamp_min(0).double() / length[..., None])
+    share = torch.einsum("kni,knj->knij", *overlaps).flatten(2)
+    return torch.einsum("knc,ncp->knp", share, F.one_hot(parts.flatten(1), types).double())
