@@ -26,7 +26,7 @@ MACHINES = [
     for system, python in itertools.product(("linux", "darwin"), ("3.11", "3.12", "3.13"))
 ]
 CONDA_NAMES = {"torch": "pytorch"}
-IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython"}
+IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython", "sklearn": "scikit-learn"}
 CORE = ("data", "patches", "encoders", "objectives", "pretraining", "bags", "probes", "runs")
 NOTEBOOK_SOFTWARE = {
     *("IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_client", "jupyter_core", "jupyterlab"),
