@@ -1,0 +1,335 @@
+"""What an image's embedding has of its patches (claim C4), and what a patch's has of its place (C5, C6).
+
+Features are [patches, images, dim]; those of bags, their means over patches, are [1, images, dim]. A cosine is
+centred where the mean feature of all patches of all images is subtracted from both sides first: embeddings are
+non-negative, so their raw cosines are high whatever the images show.
+
+Patches of an image are not independent of each other, images are. So a measure is kept as one numerator and one
+denominator per image, its value is the ratio of their means, and `estimate` resamples images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Generator, Tensor, nn
+
+from bagssl import bags, patches
+from bagssl.errors import InputError
+
+RESAMPLES = 1000
+BLOCK = 2**23  # similarities looked at at a time
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}  # PretrainConfig's defaults
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % bootstrap interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Ratio:
+    """A measure: float64 [images] over float64 [images]; its value is the ratio of the two means."""
+
+    over: np.ndarray
+    under: np.ndarray
+
+
+def share(per_image: np.ndarray) -> Ratio:
+    """The plain mean of one number per image as a `Ratio`."""
+    return Ratio(np.asarray(per_image, float), np.ones(len(per_image)))
+
+
+def estimate(measure: Ratio, minus: Ratio | None = None, seed: int = 0) -> Estimate:
+    """The value of a measure, or of its difference to another one of the same images, in the same order."""
+    parts = [measure] if minus is None else [measure, minus]
+    columns = np.stack([column for part in parts for column in (part.over, part.under)], axis=1)
+
+    def value(means: np.ndarray) -> np.ndarray:
+        ratios = means[:, 0::2] / means[:, 1::2]
+        return ratios[:, 0] - (ratios[:, 1] if len(parts) > 1 else 0)
+
+    return _bootstrap(columns, value, seed)[0]
+
+
+def _bootstrap(columns: np.ndarray, statistic: Callable, seed: int) -> list[Estimate]:
+    """Estimates of what `statistic` makes of means over images: [resamples, columns] -> [resamples(, values)]."""
+    means = np.vstack([columns.mean(axis=0), _resamples(len(columns), seed) @ columns])  # first the images as they are
+    values = np.asarray(statistic(means)).reshape(len(means), -1)
+    low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
+    return [Estimate(*map(float, each)) for each in zip(values[0], low, high, strict=True)]
+
+
+@lru_cache(maxsize=8)
+def _resamples(images: int, seed: int) -> np.ndarray:
+    """Weights of the images in each resample: counts drawn from a multinomial, over their sum."""
+    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
+
+
+def features(encoder: nn.Module, projector: nn.Module, pixels: Tensor, boxes: Tensor, size: int,
+             **how) -> dict[str, Tensor]:
+    """{"h": embeddings [K, N, dim], "z": projections [K, N, D]} of boxes [K, N, 4], on the CPU.
+
+    The rest as in `bags.patch_embeddings`; the projector works where it lies.
+    """
+    h = bags.patch_embeddings(encoder, pixels, boxes, size, **how)
+    device = next((parameter.device for parameter in projector.parameters()), "cpu")
+    with torch.inference_mode():
+        parts = [projector(part.to(device)).float().cpu() for part in h.flatten(0, 1).split(2**14)]
+    return {"h": h, "z": torch.cat(parts).view(*h.shape[:2], -1)}
+
+
+def another(count: int, seed: int = 0) -> Tensor:
+    """For each of `count` images the index of another one, int64 [count]: one random cycle through all."""
+    if count < 2:
+        raise InputError("a control by another image takes two images at least")
+    order = torch.randperm(count, generator=Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter_(0, order, order.roll(-1))
+
+
+# ---- C4: the whole image and the mean of its patches
+
+
+def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
+    """How near the mean of K patch embeddings is to the whole image's, for each image and K.
+
+    embedded: {K: [images, dim]} as from `bags.embed_bags`, K = 0 being the whole image. Columns: image, k, patches
+    ("own" or "another image's"), centred, cosine, error = |mean of K - whole| / |whole|. Centred: from the whole
+    images' embeddings their mean over all these images is subtracted, and from the patch means, of every K, the
+    mean over these images of the largest bags.
+    """
+    whole, ks = embedded[0].double(), sorted(set(embedded) - {0})
+    limit, own = embedded[ks[-1]].double().mean(dim=0), torch.arange(len(whole))
+    frames = []
+    for centred in (False, True):
+        target = whole - whole.mean(dim=0) if centred else whole
+        for k in ks:
+            mean = embedded[k].double() - (limit if centred else 0)
+            for name, index in (("own", own), ("another image's", another(len(whole), seed))):
+                error = (mean[index] - target).norm(dim=1) / target.norm(dim=1)
+                values = {"cosine": F.cosine_similarity(mean[index], target).numpy(), "error": error.numpy()}
+                row = {"image": own.numpy(), "k": k, "patches": name, "centred": centred}
+                frames.append(pd.DataFrame({**row, **values}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def sampling_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
+    """The K whose double is there too, and the squared distance of the mean of K to its limit [images, len(K)].
+
+    Bags are nested: the mean of 2K is halfway between that of the first K and that of the next, disjoint K. Half of
+    the squared distance of these two is, in expectation, that of either to the limit; for independent patches it
+    is their variance / K.
+    """
+    ks = [k for k in sorted(set(embedded) - {0}) if 2 * k in embedded]
+    if len(ks) < 2:
+        raise InputError("the fall of an error is read off bags of K, 2K and 4K patches at least")
+    distances = [2 * (embedded[k] - embedded[2 * k]).double().square().sum(dim=1) for k in ks]
+    return ks, torch.stack(distances, dim=1).numpy()
+
+
+def whole_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
+    """All K, and the squared distance of the mean of K to the whole image's embedding [images, len(K)], both centred."""
+    whole, ks = embedded[0].double(), sorted(set(embedded) - {0})
+    whole, limit = whole - whole.mean(dim=0), embedded[ks[-1]].double().mean(dim=0)
+    return ks, torch.stack([(embedded[k] - limit - whole).square().sum(dim=1) for k in ks], dim=1).numpy()
+
+
+def exponent(ks: Sequence[int], squared: np.ndarray, seed: int = 0) -> Estimate:
+    """c in error ~ K^c: half the slope of log(mean squared error) against log K, by least squares.
+
+    squared [images, len(ks)]. Independent patches: -1/2.
+    """
+    return _bootstrap(squared, lambda means: np.polyfit(np.log(ks), np.log(means).T, 1)[0] / 2, seed)[0]
+
+
+def levelling(embedded: Mapping[int, Tensor], seed: int = 0) -> tuple[Estimate, Estimate]:
+    """a and b in mean squared error to the whole image = a + b / K: what stays, and what more patches take away.
+
+    Patches are drawn independently, so this form is exact, and nothing is fitted: b, the variance of one patch, is
+    the mean over K of K x `sampling_error`, a the mean over K of what b leaves of `whole_error`.
+    """
+    halves, limit = sampling_error(embedded)
+    ks, whole = whole_error(embedded)
+    falls = (limit * halves).mean(axis=1)
+    stays = (whole - falls[:, None] / np.array(ks)).mean(axis=1)
+    return tuple(_bootstrap(np.stack([stays, falls], axis=1), lambda means: means, seed))
+
+
+# ---- C5 and C6: what is kept of a patch's place, and what of its look
+
+
+def position(features: Tensor, boxes: Tensor, seed: int = 0) -> Ratio:
+    """R² of the patches' centres (x, y), decoded by ridge regression: one row per test image, of half of the images.
+
+    features [K, N, dim]; boxes [K, N, 4]. Both coordinates together, as sklearn's r2_score with
+    "variance_weighted"; the strength is chosen by leave-one-out on the training images. No image is in both halves.
+    """
+    centres = (boxes[..., :2] + boxes[..., 2:] / 2).double()
+    order = torch.randperm(features.shape[1], generator=Generator().manual_seed(seed))
+    train, test = order.tensor_split(2)
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 5, 8)))
+    model.fit(features[:, train].flatten(0, 1).double().numpy(), centres[:, train].flatten(0, 1).numpy())
+    found = torch.from_numpy(model.predict(features[:, test].flatten(0, 1).double().numpy()))
+    wanted = centres[:, test]
+    rest = (found.view_as(wanted) - wanted).square().sum(dim=2).mean(dim=0)
+    total = (wanted - wanted.mean(dim=(0, 1))).square().sum(dim=2).mean(dim=0)
+    return Ratio((total - rest).numpy(), total.numpy())
+
+
+def unit(features: Tensor) -> Tensor:
+    """Centred and of length 1: [K, N, dim] -> the same; products of such features are centred cosines."""
+    return F.normalize(features - features.mean(dim=(0, 1)), dim=-1)
+
+
+def neighbours(features: Tensor, labels: Tensor, boxes: Tensor | None = None,
+               k: int = 10) -> dict[str, tuple[Ratio, Ratio]]:
+    """What the neighbours of patches (by centred cosine) have in common with them: {name: (share, by chance)}.
+
+    features [K, N, dim]; labels [N]; boxes [K, N, 4], None for features that have no one place. "same image": the
+    nearest of all other patches lies in the image of the query; "same image, apart": likewise, among patches that
+    have no pixel in common with the query. Of the k nearest of other images: "same class", and "same position", a
+    centre within half a patch side. By chance: the share of such patches among all that could have been neighbours.
+    """
+    count, n = features.shape[:2]
+    flat = unit(features).transpose(0, 1).flatten(0, 1)  # image by image
+    image, label = torch.arange(n).repeat_interleave(count), labels.cpu().repeat_interleave(count)
+    if len(flat) - count < k:
+        raise InputError(f"{n} images of {count} patches are too few for k = {k} neighbours of other images")
+    place = None if boxes is None else boxes.transpose(0, 1).flatten(0, 1).float()
+    found: dict[str, list[Tensor]] = {}
+
+    def add(name: str, hits: Tensor, wanted: Tensor, allowed: Tensor) -> None:
+        counts = allowed.sum(dim=1)
+        chance = (wanted & allowed).sum(dim=1) / counts.clamp(min=1)
+        found.setdefault(name, []).append(torch.stack([hits.double(), chance.double()], dim=1))
+
+    for rows in torch.arange(len(flat)).split(max(1, BLOCK // len(flat))):
+        cosine, own = flat[rows] @ flat.T, image[rows, None] == image
+        others = torch.ones_like(own).scatter_(1, rows[:, None], False)
+        same = {"same class": label[rows, None] == label}
+        images = {"same image": others}
+        if place is not None:
+            side = place[rows, None, 2]
+            offset = (place[rows, None, :2] - place[None, :, :2]).abs()
+            same["same position"] = offset.norm(dim=2) <= side / 2
+            images["same image, apart"] = (offset >= side[..., None]).any(dim=2) | ~own
+        for name, allowed in images.items():
+            nearest = cosine.masked_fill(~allowed, -2).argmax(dim=1)
+            add(name, image[nearest] == image[rows], own, allowed)
+        nearest = cosine.masked_fill(own, -2).topk(k, dim=1).indices
+        for name, wanted in same.items():
+            add(name, wanted.gather(1, nearest).double().mean(dim=1), wanted, ~own)
+    each = {name: torch.cat(parts).view(n, count, 2).mean(dim=1).numpy() for name, parts in found.items()}
+    return {name: (share(both[:, 0]), share(both[:, 1])) for name, both in each.items()}
+
+
+def nearest(features: Tensor, patch: int, image: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k other images nearest to a patch by centred cosine, each by its nearest patch: patches [k], images [k]."""
+    directions = unit(features)
+    cosine, best = (directions @ directions[patch, image]).max(dim=0)
+    cosine[image] = -2
+    images = cosine.topk(k).indices
+    return best[images], images
+
+
+def inner_boxes(count: int, pixels: Tensor, scale: float, shifts: Sequence[int], seed: int = 0) -> Tensor:
+    """Boxes [count, N, 4] of one scale that stay inside the image under all of `changes`."""
+    n, _, height, width = pixels.shape
+    side = patches.native_size(scale, height, width)
+    margin = max(*shifts, math.ceil((math.sqrt(2) - 1) / 2 * side))
+    height, width = height - 2 * margin, width - 2 * margin
+    if min(height, width) < side:
+        raise InputError(f"a patch of {side} px has no room to move by {margin} px in these images")
+    generator = Generator().manual_seed(seed)
+    boxes = patches.evaluation_boxes(count, n, height, width, side**2 / (height * width), generator)
+    return boxes + torch.tensor([margin, margin, 0, 0])
+
+
+def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int],
+            seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (pixels, boxes)} of the same patches changed, each image's patches all in one drawn way.
+
+    "shift d px": up, down, left or right; "scale": twice or half the area about the same centre; "colour": the
+    training recipe's jitter of brightness, contrast, saturation and hue, always applied; "flip": mirrored.
+    """
+    n, width, generator = len(pixels), pixels.shape[3], Generator().manual_seed(seed)
+    steps = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])[torch.randint(4, (n,), generator=generator)]
+    grow = torch.where(torch.rand(n, generator=generator) < 0.5, math.sqrt(2), math.sqrt(0.5))
+    corner, side = boxes[..., :2], boxes[..., 2:]
+    scaled = (side * grow[:, None]).round().long()
+    jitter = patches.Augmentation((1, 1), (1, 1), pixels.shape[2], jitter=1, **JITTER)
+    colour = patches.draw_colour(n, jitter, generator)
+    tinted = torch.cat([patches.apply_colour(pixels[part].float() / 255, colour[part])
+                        for part in torch.arange(n).split(256)])
+    mirrored = boxes.clone()
+    mirrored[..., 1] = width - boxes[..., 1] - boxes[..., 3]
+    moved = {f"shift {d} px": (pixels, torch.cat([corner + d * steps, side], dim=2)) for d in shifts}
+    return moved | {
+        "scale": (pixels, torch.cat([corner + (side - scaled) // 2, scaled], dim=2)),
+        "colour": ((tinted * 255).round().byte(), boxes),
+        "flip": (pixels.flip(3), mirrored),
+    }
+
+
+def sensitivity(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
+    """How far a change moves features: mean of 1 - cosine with their own, over that with another image's.
+
+    before, after [K, N, dim]; the mean of `before` is subtracted from both. 0: invariant; 1: as far as unrelated.
+    """
+    mean = before.mean(dim=(0, 1))
+    before, after = before - mean, after - mean
+    pairs = (after, before[:, another(before.shape[1], seed)])
+    moved = [1 - F.cosine_similarity(before, other, dim=2).double().mean(dim=0).numpy() for other in pairs]
+    return Ratio(*moved)
+
+
+def grid(height: int, width: int, side: int, stride: int, n: int) -> tuple[Tensor, int]:
+    """Boxes [rows * columns, n, 4] of every `stride`-th position, row by row, in each of n images; the columns."""
+    tops, lefts = (torch.arange(0, full - side + 1, stride) for full in (height, width))
+    corners = torch.cartesian_prod(tops, lefts)
+    boxes = torch.cat([corners, torch.full_like(corners, side)], dim=1)
+    return boxes[:, None].expand(-1, n, -1), len(lefts)
+
+
+def measures(
+    encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,
+    count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0, **how,
+) -> dict[tuple[str, str, str], Ratio]:
+    """All of the above: {(feature h or z, level "patch" or "bag", name): measure}, from `count` patches per image.
+
+    Names: "position R2" (patch level alone), those of `neighbours`, each also with " by chance", and those of
+    `changes` with " sensitivity". A bag is the mean over the `count` patches; among neighbours, as one bag has no
+    other of its image, over each half of them. pixels, labels, scale, size and **how as in `bags.embed_bags`.
+    """
+    generator = Generator().manual_seed(seed)
+    boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, generator)
+    inner = inner_boxes(count, pixels, scale, shifts, seed)
+    found, before = (features(encoder, projector, pixels, each, size, **how) for each in (boxes, inner))
+    table: dict[tuple[str, str, str], Ratio] = {}
+    for feature, each in found.items():
+        table[feature, "patch", "position R2"] = position(each, boxes, seed)
+        halves = torch.stack([half.mean(dim=0) for half in each.tensor_split(2)])
+        for level, near in (("patch", neighbours(each, labels, boxes, k)), ("bag", neighbours(halves, labels, k=k))):
+            for name, (own, chance) in near.items():
+                table |= {(feature, level, name): own, (feature, level, f"{name} by chance"): chance}
+    for name, change in changes(pixels, inner, shifts, seed).items():
+        for feature, after in features(encoder, projector, *change, size, **how).items():
+            pair = (before[feature], after)
+            table[feature, "patch", f"{name} sensitivity"] = sensitivity(*pair, seed)
+            bagged = (each.mean(dim=0, keepdim=True) for each in pair)
+            table[feature, "bag", f"{name} sensitivity"] = sensitivity(*bagged, seed)
+    return table
