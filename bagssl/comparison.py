@@ -158,6 +158,21 @@ def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images
     return {"points": 100 * float(np.median(better.mean(axis=1))), "low": float(low), "high": float(high)}
 
 
+def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    """Evidence for claim C2, from `gains`: the largest patch-based bag over the multi-scale centre crop.
+
+    One row per objective and probe, as `claims.write_evidence` takes them; none when K = 0 was not measured.
+    """
+    arms = reading["first"].str.startswith("patch-based") & (reading["second"] == "multi-scale, centre crop")
+    rows = reading[arms]
+    return pd.DataFrame({
+        "dataset": dataset,
+        "setting": rows["objective"] + ", " + rows["probe"] + rows["first"].str.removeprefix("patch-based"),
+        "measure": "patch-based bag over multi-scale centre crop",
+        "value": rows["points"], "low": rows["low"], "high": rows["high"], "unit": "points",
+    })  # fmt: skip
+
+
 def sentences(reading: pd.DataFrame) -> str:
     """The differences as a Markdown list, numbers and verdicts as they stand in `reading`."""
     how = "95 % t-interval over seeds" if reading["seeds"].max() > 1 else "95 % paired bootstrap over test images"

@@ -1,0 +1,241 @@
+"""The ledger of claims: what the paper says, the rule that decides it, and the verdict on the evidence.
+
+The rules were fixed before the runs. Evidence is a tidy frame, one measured value with its 95 % interval per row:
+
+    dataset, setting ("simclr, multi-scale, K = 256"), measure, value, low, high, unit
+
+An exact check has low = high = value. Rows whose measure no rule names are kept, and decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bagssl import figures
+from bagssl.errors import InputError
+from bagssl.paths import write_atomically
+from bagssl.runs import read_json
+
+HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
+COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
+NUMBERS = ["value", "low", "high"]
+LEDGER = ["claim", "dataset", "statement", "measure", "value", "rule", "verdict", "hardware", "table", "notebook"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The whole interval must lie above, or below, a threshold; on one dataset or, if none is named, on each."""
+
+    measure: str
+    above: float | None = None
+    below: float | None = None
+    unit: str = ""  # what the threshold is in, and then the evidence must be too; else a plain number
+    dataset: str = ""
+
+    def judge(self, low: float, high: float) -> tuple[str, float]:
+        """The state of an interval, and how far its unfavourable end is on the right side of the threshold."""
+        if self.below is not None:
+            return Condition(self.measure, above=-self.below).judge(-high, -low)
+        state = HOLDS if low > self.above else FAILS if high <= self.above else UNDECIDED
+        return state, low - self.above
+
+    def __str__(self) -> str:
+        threshold = f"above {self.above:g}" if self.below is None else f"below {self.below:g}"
+        return f"{self.measure} {threshold} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class Claim:
+    statement: str
+    conditions: tuple[Condition, ...]
+    expected: tuple[str, ...] = ()  # datasets that the paper's claim is about: in the ledger even if not measured
+
+    def on(self, dataset: str) -> list[Condition]:
+        return [each for each in self.conditions if each.dataset in ("", dataset)]
+
+
+CLAIMS = {
+    "C1": Claim("Self-supervised objectives model which patches occur together.", (
+        Condition("identity error", below=1e-10, dataset="discrete joints"),
+        Condition("gap to the closed form", below=1e-4, dataset="discrete joints"),
+        Condition("correlation, spectral", above=0.9, dataset="synthetic"),
+        Condition("correlation, spectral over untrained", above=0, dataset="synthetic"),
+    )),
+    "C2": Claim("Bags of patches of one scale are on par with multi-scale training by the same objective.", (
+        Condition("patch-based bag over multi-scale centre crop", above=-2, unit="points"),
+    )),
+    "C3": Claim("Small patches are enough for a strong representation of the image.", (
+        Condition("small-patch bag over untrained", above=0, unit="points"),
+        Condition("small-patch bag over the largest scale", above=-2, unit="points"),
+    ), expected=("imagenet",)),
+    "C4": Claim("A multi-scale model embeds the whole image close to the mean over its patches.", (
+        Condition("centred cosine", above=0.8),
+        Condition("centred cosine over another image's patches", above=0),
+        Condition("centred cosine over an untrained encoder", above=0),
+    )),
+    "C5": Claim("The representation is local in its patches and invariant in their bag.", (
+        Condition("position R2 of patches", above=0),
+        Condition("neighbours of the same class over chance", above=0),
+        Condition("shift sensitivity, patch over bag", above=0),
+    )),
+    "C6": Claim("The projection is the more invariant, the embedding the more local and equivariant.", (
+        Condition("position R2, h over z", above=0),
+        Condition("shift sensitivity, h over z", above=0),
+        Condition("scale sensitivity, h over z", above=0),
+        Condition("colour sensitivity, h over z", above=0),
+    )),
+    "C7": Claim("Averaging the embeddings of patches improves existing multi-scale models by a large margin.", (
+        Condition("bag over centre crop", above=0, unit="points"),
+        Condition("median gain over objectives", above=2, unit="points"),
+    )),
+}  # fmt: skip
+
+
+# ---- evidence
+
+
+def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> None:
+    """Check the evidence and write output/tables/claim_c4.csv, .md and .tex. Raises InputError when it is wrong."""
+    rows = checked(claim, frame, f"evidence for {claim}")
+    shown = rows[["dataset", "setting", "measure"]].assign(value=[text(row) for row in rows.to_dict("records")])
+    figures.write_table(rows, output, f"claim_{claim.lower()}", shown)
+
+
+def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The columns of evidence, numbers as numbers. InputError, in one line from `where` on, if it cannot be judged."""
+    if claim not in CLAIMS:
+        raise InputError(f"{where}: no such claim; known: {', '.join(CLAIMS)}")
+    if missing := [name for name in COLUMNS if name not in frame]:
+        raise InputError(f"{where}: missing columns: {', '.join(missing)}")
+    rows = frame[COLUMNS].reset_index(drop=True)
+    rows[NUMBERS] = rows[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    units = {each.measure: each.unit for each in CLAIMS[claim].conditions if each.unit}
+    faults = {
+        "value, low and high must be finite numbers": ~np.isfinite(rows[NUMBERS]).all(axis=1),
+        "low is above high": rows["low"] > rows["high"],
+        "its unit is not that of its rule": [units.get(row.measure, row.unit) != row.unit for row in rows.itertuples()],
+    }
+    for fault, wrong in faults.items():
+        if any(wrong):
+            row = " | ".join(map(str, frame[COLUMNS].iloc[list(wrong).index(True)]))
+            raise InputError(" ".join(f"{where}: {fault}: {row}".split()))
+    for dataset, own in rows.groupby("dataset"):
+        known = [each.measure for each in CLAIMS[claim].on(dataset)]
+        if not own["measure"].isin(known).any():
+            raise InputError(f"{where}: on {dataset}, none of its measures is in the rule: {'; '.join(known) or 'none'}")
+    return rows
+
+
+def text(row: Mapping[str, Any]) -> str:
+    """`+3.1 points (2.0 to 4.2)`: a difference with its sign, an interval if there is one."""
+    if np.isnan(row["value"]):
+        return MISSING
+    digits = ".1f" if row["unit"] == "points" else ".3g"
+    sign = "+" if row["unit"] == "points" or " over " in row["measure"] else ""
+    interval = f" ({row['low']:{digits}} to {row['high']:{digits}})" if row["low"] < row["high"] else ""
+    return f"{row['value']:{sign}{digits}} {row['unit']}".rstrip() + interval
+
+
+def judged(claim: str, evidence: pd.DataFrame) -> pd.DataFrame:
+    """What decides, worst first: each row that a condition names, with its `state` and the condition as `rule`.
+
+    A condition without evidence has one undecided row without a value.
+    """
+    found = []
+    for dataset, own in evidence.groupby("dataset", sort=False):
+        for rank, each in enumerate(CLAIMS[claim].on(dataset)):
+            rows = own[own["measure"] == each.measure].to_dict("records")
+            nothing = {**own.iloc[0], "setting": "", "measure": each.measure, **dict.fromkeys(NUMBERS, np.nan)}
+            for row in rows or [nothing]:
+                state, margin = each.judge(row["low"], row["high"])
+                order = (FAILS, UNDECIDED, HOLDS).index(state)
+                found.append({**row, "state": state, "rule": str(each), "by": (order, rank, margin)})
+    return pd.DataFrame(sorted(found, key=lambda row: row["by"]))
+
+
+def verdict(claim: str, evidence: pd.DataFrame) -> str:
+    """holds | does not hold | undecided | not measured.
+
+    A claim holds if every condition has rows and each row's interval lies on the right side of the threshold; it
+    does not hold if one interval lies wholly on the wrong side. Raises InputError for what cannot be judged.
+    """
+    rows = checked(claim, evidence, f"evidence for {claim}")
+    return MISSING if rows.empty else judged(claim, rows)["state"].iloc[0]
+
+
+# ---- the ledger
+
+
+def experiment_folders(results: Path, profile: str) -> list[Path]:
+    """The folders of finished experiments; what is hidden is unfinished or failed."""
+    found = sorted((Path(results) / profile).glob("*/provenance.json"))
+    return [path.parent for path in found if not path.parent.name.startswith(".")]
+
+
+def hardware(folder: Path) -> str:
+    """What an experiment ran on: `AMD EPYC, 2 cores`."""
+    made = read_json(folder / "provenance.json").get("hardware") or {}
+    return f"{made.get('gpu') or made.get('processor') or 'not recorded'}, {made.get('cores', '?')} cores"
+
+
+def collect(results: Path, profile: str) -> pd.DataFrame:
+    """All evidence of a profile, with claim, experiment, hardware, and the table and notebook that hold it."""
+    found = [pd.DataFrame(columns=["claim", *COLUMNS])]
+    for folder in experiment_folders(results, profile):
+        for path in sorted(folder.glob("tables/claim_c*.csv")):
+            claim = path.stem.removeprefix("claim_").upper()
+            try:
+                frame = pd.read_csv(path, keep_default_na=False)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} is no table: {' '.join(str(error).split())}") from None
+            found.append(checked(claim, frame, str(path)).assign(
+                claim=claim, experiment=folder.name, hardware=hardware(folder),
+                table=f"{folder.name}/tables/{path.name}", notebook=f"{folder.name}/{folder.name}.html"))  # fmt: skip
+    filled = [frame for frame in found if len(frame)]
+    return pd.concat(filled, ignore_index=True) if filled else found[0]
+
+
+def ledger(results: Path, profile: str) -> pd.DataFrame:
+    """One row per claim and dataset, as in LEDGER; `table` and `notebook` are relative to results/<profile>.
+
+    Raises InputError for evidence that cannot be judged.
+    """
+    evidence, rows = collect(results, profile), []
+    for claim, about in CLAIMS.items():
+        own = evidence[evidence["claim"] == claim]
+        for dataset in dict.fromkeys([*own["dataset"], *about.expected]) or [""]:
+            rows.append(_entry(claim, dataset, own[own["dataset"] == dataset]))
+    return pd.DataFrame(rows)
+
+
+def _entry(claim: str, dataset: str, evidence: pd.DataFrame) -> dict[str, str]:
+    about = CLAIMS[claim]
+    rule = "; ".join(map(str, about.on(dataset) if dataset else about.conditions))
+    entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, "statement": about.statement,
+             "rule": rule, "verdict": MISSING}  # fmt: skip
+    if evidence.empty:
+        return entry
+    rows = judged(claim, evidence)
+    worst, value = rows.iloc[0], text(rows.iloc[0])
+    if len(rows) > 1 and worst["setting"]:
+        value += f"; worst of {len(rows)}: {worst['setting']}"
+    named = ["measure", "hardware", "table", "notebook"]
+    return {**entry, **worst[named], "value": value, "verdict": worst["state"]}
+
+
+def write_ledger(results: Path, profile: str) -> pd.DataFrame:
+    """Write results/<profile>/claims.csv and claims.md, and give the ledger back."""
+    found = ledger(results, profile)
+    links = [f"[table]({row.table}), [notebook]({row.notebook})" if row.table else "" for row in found.itertuples()]
+    shown = found.drop(columns=["table", "notebook"]).assign(evidence=links).replace("", figures.DASH)
+    with write_atomically(Path(results) / profile / "claims.csv") as path:
+        found.to_csv(path, index=False, lineterminator="\n")
+    with write_atomically(Path(results) / profile / "claims.md") as path:
+        path.write_text(f"# The claims, profile {profile}\n\n{figures.markdown(shown)}", encoding="utf-8")
+    return found

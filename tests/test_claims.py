@@ -1,0 +1,252 @@
+"""The rules on made-up results: each verdict, per claim; evidence that cannot be judged is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bagssl import claims, comparison
+from bagssl.claims import CLAIMS, FAILS, HOLDS, MISSING, UNDECIDED, Condition
+from bagssl.errors import InputError
+
+
+def row(condition: Condition, shift: float, half: float = 0.0, dataset: str = "") -> dict:
+    """Evidence for one condition: its threshold shifted to the right side (up or down), an interval around it."""
+    value = condition.above + shift if condition.below is None else condition.below - shift
+    return {"dataset": condition.dataset or dataset or "cifar10", "setting": "simclr, K = 16", "unit": condition.unit,
+            "measure": condition.measure, "value": value, "low": value - half, "high": value + half}
+
+
+def evidence(claim: str, dataset: str, shifts: dict[int, float] | None = None, half: float = 0.0) -> pd.DataFrame:
+    """All conditions met by 5e-5, but for the conditions that `shifts` names by position."""
+    conditions = CLAIMS[claim].on(dataset)
+    return pd.DataFrame([row(each, (shifts or {}).get(i, 5e-5 if not each.below or each.below > 5e-5 else 5e-11),
+                             half, dataset) for i, each in enumerate(conditions)])
+
+
+CASES = [(claim, dataset) for claim in CLAIMS
+         for dataset in (("discrete joints", "synthetic") if claim == "C1" else ("cifar10",))]
+each_claim = pytest.mark.parametrize(("claim", "dataset"), CASES, ids=[" ".join(case) for case in CASES])
+
+
+@each_claim
+def test_it_holds_when_every_interval_is_past_its_threshold(claim, dataset):
+    assert claims.verdict(claim, evidence(claim, dataset)) == HOLDS
+    assert claims.verdict(claim, pd.concat([evidence(claim, dataset)] * 3)) == HOLDS
+
+
+@each_claim
+def test_one_condition_on_the_wrong_side_is_enough_for_it_not_to_hold(claim, dataset):
+    for i in range(len(CLAIMS[claim].on(dataset))):
+        wrong = evidence(claim, dataset, {i: -1e-3})
+        assert claims.verdict(claim, wrong) == FAILS
+        assert claims.verdict(claim, pd.concat([evidence(claim, dataset), wrong])) == FAILS
+
+
+@each_claim
+def test_an_interval_across_the_threshold_leaves_it_undecided(claim, dataset):
+    for i in range(len(CLAIMS[claim].on(dataset))):
+        wide = evidence(claim, dataset)
+        wide.loc[i, ["low", "high"]] = [wide.loc[i, "value"] - 10, wide.loc[i, "value"] + 10]
+        assert claims.verdict(claim, wide) == UNDECIDED
+
+
+@each_claim
+def test_a_condition_without_evidence_leaves_it_undecided_but_cannot_save_it(claim, dataset):
+    count = len(CLAIMS[claim].on(dataset))
+    for i in range(count if count > 1 else 0):
+        assert claims.verdict(claim, evidence(claim, dataset).drop(index=i)) == UNDECIDED
+        other = (i + 1) % count
+        assert claims.verdict(claim, evidence(claim, dataset, {other: -1e-3}).drop(index=i)) == FAILS
+
+
+@each_claim
+def test_without_evidence_it_is_not_measured(claim, dataset):
+    assert claims.verdict(claim, evidence(claim, dataset).iloc[:0]) == MISSING
+
+
+@pytest.mark.parametrize(("claim", "measure", "good", "bad"), [
+    ("C1", "identity error", 9e-11, 1.1e-10),
+    ("C1", "gap to the closed form", 9e-5, 1.1e-4),
+    ("C1", "correlation, spectral", 0.91, 0.89),
+    ("C1", "correlation, spectral over untrained", 0.01, -0.01),
+    ("C2", "patch-based bag over multi-scale centre crop", -1.9, -2.1),
+    ("C3", "small-patch bag over untrained", 0.1, -0.1),
+    ("C3", "small-patch bag over the largest scale", -1.9, -2.1),
+    ("C4", "centred cosine", 0.81, 0.79),
+    ("C4", "centred cosine over another image's patches", 0.01, -0.01),
+    ("C4", "centred cosine over an untrained encoder", 0.01, -0.01),
+    ("C5", "position R2 of patches", 0.01, -0.01),
+    ("C5", "neighbours of the same class over chance", 0.01, -0.01),
+    ("C5", "shift sensitivity, patch over bag", 0.01, -0.01),
+    ("C6", "position R2, h over z", 0.01, -0.01),
+    ("C6", "shift sensitivity, h over z", 0.01, -0.01),
+    ("C6", "scale sensitivity, h over z", 0.01, -0.01),
+    ("C6", "colour sensitivity, h over z", 0.01, -0.01),
+    ("C7", "bag over centre crop", 0.1, -0.1),
+    ("C7", "median gain over objectives", 2.1, 1.9),
+])  # fmt: skip
+def test_the_thresholds_are_those_fixed_before_the_runs(claim, measure, good, bad):
+    (condition,) = (each for each in CLAIMS[claim].conditions if each.measure == measure)
+    assert condition.judge(good, good)[0] == HOLDS
+    assert condition.judge(bad, bad)[0] == FAILS
+    assert condition.judge(*sorted((good, bad)))[0] == UNDECIDED
+
+
+def test_no_rule_is_left_out_of_the_list_above():
+    (listed,) = test_the_thresholds_are_those_fixed_before_the_runs.pytestmark
+    assert {case[:2] for case in listed.args[1]} == {(c, each.measure) for c in CLAIMS for each in CLAIMS[c].conditions}
+
+
+@pytest.mark.parametrize("condition", [Condition("m", above=0.5), Condition("m", below=0.5)])
+def test_the_threshold_itself_is_on_the_wrong_side(condition):
+    assert condition.judge(0.5, 0.5)[0] == FAILS
+    assert condition.judge(0.4, 0.6)[0] == UNDECIDED
+
+
+def test_a_measure_that_no_rule_names_decides_nothing():
+    more = pd.DataFrame([{**evidence("C4", "cifar10").iloc[0], "measure": "raw cosine", "value": -9, "low": -9, "high": -9}])
+    assert claims.verdict("C4", pd.concat([evidence("C4", "cifar10"), more])) == HOLDS
+
+
+GOOD = row(CLAIMS["C2"].conditions[0], 5.0, 1.0)
+
+
+@pytest.mark.parametrize(("claim", "frame", "fault"), [
+    ("C9", [GOOD], "no such claim"),
+    ("C2", [{k: v for k, v in GOOD.items() if k not in ("low", "unit")}], "missing columns: low, unit"),
+    ("C2", [GOOD, {**GOOD, "value": float("nan")}], "finite"),
+    ("C2", [GOOD, {**GOOD, "high": "many\nlines"}], "finite"),
+    ("C2", [{**GOOD, "high": float("inf")}], "finite"),
+    ("C2", [GOOD, {**GOOD, "low": 5.0, "high": 4.0}], "low is above high"),
+    ("C2", [{**GOOD, "unit": "%"}], "unit"),
+    ("C2", [{**GOOD, "measure": "patch based bag"}], "none of its measures is in the rule"),
+    ("C1", [{**GOOD, "measure": "correlation, spectral"}], "none of its measures is in the rule"),
+])  # fmt: skip
+def test_wrong_evidence_is_refused_in_one_line(claim, frame, fault, tmp_path):
+    for refuse in (lambda: claims.verdict(claim, pd.DataFrame(frame)),
+                   lambda: claims.write_evidence(tmp_path, claim, pd.DataFrame(frame))):
+        with pytest.raises(InputError, match=fault) as error:
+            refuse()
+        assert "\n" not in str(error.value)
+    assert list(tmp_path.rglob("*")) == []
+    claims.write_evidence(tmp_path, "C2", pd.DataFrame([GOOD]))  # and what is right is taken
+
+
+@pytest.mark.parametrize(("changed", "shown"), [
+    ({}, "+3.0 points (2.0 to 4.0)"),
+    ({"value": -0.5, "low": -3.0, "high": 2.0}, "-0.5 points (-3.0 to 2.0)"),
+    ({"measure": "centred cosine", "unit": "", "value": 0.95123, "low": 0.95, "high": 0.9567}, "0.951 (0.95 to 0.957)"),
+    ({"measure": "identity error", "unit": "", "value": 3.11e-16, "low": 3.11e-16, "high": 3.11e-16}, "3.11e-16"),
+    ({"measure": "position R2, h over z", "unit": "", "value": 0.25, "low": 0.2, "high": 0.3}, "+0.25 (0.2 to 0.3)"),
+])  # fmt: skip
+def test_a_value_is_shown_with_its_interval_and_a_difference_with_its_sign(changed, shown):
+    assert claims.text({**GOOD, **changed}) == shown
+
+
+# ---- the ledger
+
+
+def experiment(results: Path, name: str, written: dict[str, pd.DataFrame], processor: str = "Abacus") -> Path:
+    folder = results / "smoke" / name
+    for claim, frame in written.items():
+        claims.write_evidence(folder, claim, frame)
+    made = {"hardware": {"processor": processor, "cores": 2, "gpu": None}, "data": {}, "notebook": "02.ipynb"}
+    (folder / "provenance.json").write_text(json.dumps(made))
+    return folder
+
+
+def entry(ledger: pd.DataFrame, claim: str, dataset: str = "") -> dict:
+    (found,) = ledger[(ledger["claim"] == claim) & (ledger["dataset"] == dataset)].to_dict("records")
+    return found
+
+
+def test_the_ledger_has_a_row_per_claim_and_dataset_with_the_worst_value(tmp_path):
+    c2 = CLAIMS["C2"].conditions[0]
+    several = pd.DataFrame([{**row(c2, shift, 1.0), "setting": f"arm {shift}"} for shift in (9.0, 0.5, 4.0)])
+    experiment(tmp_path, "one", {"C2": several, "C4": evidence("C4", "cifar10").drop(index=1)})
+    other = pd.concat([several.assign(dataset="synthetic", setting="arm"), evidence("C2", "food", {0: -3.0})])
+    experiment(tmp_path, "two", {"C2": other.iloc[[0, 3]]}, "Difference engine")
+    ledger = claims.ledger(tmp_path, "smoke")
+
+    assert list(ledger.columns) == claims.LEDGER
+    assert ledger["claim"].tolist() == ["C1", "C2", "C2", "C2", "C3", "C4", "C5", "C6", "C7"]
+    found = entry(ledger, "C2", "cifar10")
+    assert found["verdict"] == UNDECIDED and found["value"] == "-1.5 points (-2.5 to -0.5); worst of 3: arm 0.5"
+    assert found["rule"] == "patch-based bag over multi-scale centre crop above -2 points"
+    assert (found["table"], found["notebook"]) == ("one/tables/claim_c2.csv", "one/one.html")
+    assert entry(ledger, "C2", "synthetic")["verdict"] == HOLDS
+    assert entry(ledger, "C2", "synthetic")["hardware"] == "Difference engine, 2 cores"
+    assert entry(ledger, "C2", "food")["verdict"] == FAILS
+    missing = entry(ledger, "C4", "cifar10")
+    assert missing["verdict"] == UNDECIDED and missing["value"] == MISSING
+    assert missing["measure"] == "centred cosine over another image's patches" and missing["table"]
+    assert entry(ledger, "C3", "imagenet")["verdict"] == MISSING
+    nothing = entry(ledger, "C7")
+    assert nothing["verdict"] == MISSING and nothing["value"] == "" and nothing["rule"].count(" above ") == 2
+
+
+def test_imagenet_stays_in_the_ledger_beside_what_was_measured(tmp_path):
+    experiment(tmp_path, "scale", {"C3": evidence("C3", "cifar10")})
+    ledger = claims.ledger(tmp_path, "smoke")
+    assert entry(ledger, "C3", "cifar10")["verdict"] == HOLDS and entry(ledger, "C3", "imagenet")["verdict"] == MISSING
+    experiment(tmp_path, "imagenet", {"C3": evidence("C3", "imagenet", {0: -1.0})})
+    assert entry(claims.ledger(tmp_path, "smoke"), "C3", "imagenet")["verdict"] == FAILS
+
+
+def test_unfinished_and_failed_experiments_are_no_evidence(tmp_path):
+    folder = experiment(tmp_path, "one", {"C2": evidence("C2", "cifar10")})
+    folder.rename(folder.with_name(".one.failed"))
+    claims.write_evidence(tmp_path / "smoke" / "running", "C2", evidence("C2", "cifar10"))  # no provenance yet
+    assert set(claims.ledger(tmp_path, "smoke")["verdict"]) == {MISSING}
+
+
+def test_evidence_reads_back_as_it_was_written(tmp_path):
+    frame = evidence("C1", "discrete joints", {0: 9.99e-11}).assign(setting="4 x 4, |V| = 2, \"none\"", unit="")
+    folder = experiment(tmp_path, "one", {"C1": frame})
+    found = claims.collect(tmp_path, "smoke")
+    pd.testing.assert_frame_equal(found[claims.COLUMNS], frame[claims.COLUMNS], rtol=1e-5)
+    assert "9.99e-11" not in (folder / "tables/claim_c1.md").read_text()  # the value, not its distance
+    assert re.search(r"1e-13", (folder / "tables/claim_c1.md").read_text())
+
+
+@pytest.mark.parametrize("content", ["", "dataset,value\nx,1\n", "\x00\xff", "a,b\n1,2,3\n1,2,3,4,5\n"])
+def test_a_damaged_table_is_named_in_one_line(content, tmp_path):
+    folder = experiment(tmp_path, "one", {"C2": evidence("C2", "cifar10")})
+    (folder / "tables/claim_c2.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"claim_c2\.csv") as error:
+        claims.write_ledger(tmp_path, "smoke")
+    assert "\n" not in str(error.value) and not (tmp_path / "smoke/claims.csv").exists()
+
+
+def test_the_ledger_is_written_twice_the_same(tmp_path):
+    experiment(tmp_path, "one", {"C2": evidence("C2", "cifar10")})
+    ledger = claims.write_ledger(tmp_path, "smoke")
+    files = [tmp_path / "smoke" / f"claims.{suffix}" for suffix in ("csv", "md")]
+    before = [path.read_bytes() for path in files]
+    pd.testing.assert_frame_equal(pd.read_csv(files[0], keep_default_na=False), ledger)
+    assert b"[table](one/tables/claim_c2.csv), [notebook](one/one.html)" in before[1]
+    claims.write_ledger(tmp_path, "smoke")
+    assert [path.read_bytes() for path in files] == before
+    assert sorted(path.name for path in (tmp_path / "smoke").iterdir()) == ["claims.csv", "claims.md", "one"]
+
+
+def gains(points: float) -> pd.DataFrame:
+    pairs = [("patch-based, K = 16", "multi-scale, K = 16"), ("patch-based, K = 16", "multi-scale, centre crop"),
+             ("multi-scale, K = 16", "untrained, K = 16")]
+    return pd.DataFrame([{"objective": "tcr", "probe": probe, "first": first, "second": second, "points": points,
+                          "low": points - 1, "high": points + 1, "seeds": 2, "verdict": "above"}
+                         for probe in ("linear", "knn") for first, second in pairs])
+
+
+@pytest.mark.parametrize(("points", "expected"), [(5, HOLDS), (-0.5, HOLDS), (-2, UNDECIDED), (-5, FAILS)])
+def test_the_comparison_decides_c2_by_the_bag_over_the_centre_crop(points, expected):
+    found = comparison.evidence(gains(points), "cifar10")
+    assert found["setting"].tolist() == ["tcr, linear, K = 16", "tcr, knn, K = 16"]
+    assert claims.verdict("C2", found) == expected
+    crop = gains(points)["second"] == "multi-scale, centre crop"
+    assert claims.verdict("C2", comparison.evidence(gains(points)[~crop], "cifar10")) == MISSING
