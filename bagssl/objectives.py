@@ -130,6 +130,24 @@ def moco(z: Tensor, target: Tensor, *, temperature: float = 0.2) -> Terms:
     return {"loss": uniformity - alignment, "alignment": alignment * temperature, "uniformity": uniformity}
 
 
+def spectral(z: Tensor) -> Terms:
+    """Spectral contrastive loss (HaoChen et al. 2021) of z [views, batch, dim], which is not normalised.
+
+    -2 mean of z1.z2 over the pairs of different views of an image + mean of (z1.z2)^2 over all pairs of patches of
+    different images. That is 2 L_S at lambda = 1/2, hence L_C less its constant at w = 1: at the optimum z1.z2 is the
+    best fit of rank dim to p(x1, x2) / (p(x1) p(x2)). See cooccurrence.py.
+    """
+    z = _at_least_float32(z)
+    views, batch, dim = z.shape
+    total = z.sum(0).square().sum() - z.square().sum()  # all ordered pairs of different views
+    alignment = total / (views * (views - 1) * batch)
+    flat = z.flatten(0, 1)
+    gram = flat.mT @ flat if dim <= len(flat) else flat @ flat.mT  # of the same sum of squares
+    own = torch.einsum("aid,bid->iab", z, z)
+    squares = (gram.square().sum() - own.square().sum()) / (views**2 * batch * (batch - 1))
+    return {"loss": squares - 2 * alignment, "alignment": alignment, "squares": squares}
+
+
 def spread(z: Tensor) -> Tensor:
     """How far projections of different images differ: 1 - mean cosine over the images of a view; 0 is collapse."""
     z = F.normalize(_at_least_float32(z), dim=-1)
@@ -141,7 +159,8 @@ def _at_least_float32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
-OBJECTIVES = {"tcr": tcr, "simclr": simclr, "vicreg": vicreg, "barlow": barlow, "byol": byol, "moco": moco}
+OBJECTIVES = {"tcr": tcr, "simclr": simclr, "vicreg": vicreg, "barlow": barlow, "byol": byol, "moco": moco,
+              "spectral": spectral}  # fmt: skip
 
 
 def needs_target(objective: str) -> bool:

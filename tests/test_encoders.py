@@ -50,7 +50,7 @@ def test_building_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "one of tomorrow"])
 def test_projectors(objective):
     assert build_projector(objective, 32, 16, 8)(torch.rand(4, 32)).shape == (4, 8)
 

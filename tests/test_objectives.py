@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from lightly.loss.negative_cosine_similarity import NegativeCosineSimilarity
 
-from bagssl.objectives import OBJECTIVES, barlow, byol, coding_rate, moco, simclr, spread, tcr, vicreg
+from bagssl.cooccurrence import mixture, spectral_loss
+from bagssl.objectives import (OBJECTIVES, barlow, byol, coding_rate, moco, needs_target, simclr, spectral, spread,
+                               tcr, vicreg)  # fmt: skip
+
+SELF_CONTAINED = [name for name in OBJECTIVES if not needs_target(name)]
 
 
 def projections(views=3, batch=12, dim=8, seed=0, dtype=torch.float64):
@@ -65,7 +69,7 @@ def test_tcr_is_its_formula():
     torch.testing.assert_close(tcr(z, invariance=7.0)["loss"], expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+@pytest.mark.parametrize("name", SELF_CONTAINED)
 def test_collapse_scores_worse_than_spread(name):
     objective = OBJECTIVES[name]
     assert objective(collapsed(batch=32))["loss"] > objective(apart(batch=32))["loss"]
@@ -85,7 +89,7 @@ def test_spread_tells_collapse():
     assert spread(projections()) > 0.1
 
 
-@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+@pytest.mark.parametrize("name", SELF_CONTAINED)
 @pytest.mark.parametrize(("batch", "dim"), [(6, 4), (4, 6)])
 def test_gradients_are_those_of_finite_differences(name, batch, dim):
     z = projections(3, batch, dim).requires_grad_()
@@ -140,7 +144,32 @@ def test_vicreg_is_its_formula_in_float64():
     torch.testing.assert_close(vicreg(z)["loss"], 25 * distance + 25 * hinge + covariance, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+@pytest.mark.parametrize(("views", "batch", "dim"), [(2, 5, 3), (4, 5, 3), (3, 4, 40)])
+def test_spectral_is_its_formula_over_all_pairs(views, batch, dim):
+    z = projections(views, batch, dim)
+    patches = [(v, i) for v in range(views) for i in range(batch)]
+    pairs = list(itertools.product(patches, repeat=2))
+    positive = [z[v, i] @ z[u, j] for (v, i), (u, j) in pairs if i == j and u != v]
+    negative = [(z[v, i] @ z[u, j]) ** 2 for (v, i), (u, j) in pairs if i != j]
+    expected = -2 * sum(positive) / len(positive) + sum(negative) / len(negative)
+    torch.testing.assert_close(spectral(z)["loss"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_spectral_estimates_twice_the_spectral_contrastive_loss_at_half():
+    """On pairs drawn from a known joint, within five standard errors; at lambda = 1 it does not."""
+    joint, generator = mixture(8, 3, seed=0), torch.Generator().manual_seed(0)
+    each = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+    found = []
+    for _ in range(50):
+        pair = torch.multinomial(joint.flatten(), 500, replacement=True, generator=generator)
+        found.append(spectral(torch.stack([each[pair // 8], each[pair % 8]]))["loss"])
+    found = torch.stack(found)
+    error = found.std() / math.sqrt(len(found))
+    assert abs(found.mean() - 2 * spectral_loss(each, joint, 0.5)) < 5 * error
+    assert abs(found.mean() - 2 * spectral_loss(each, joint, 1.0)) > 20 * error
+
+
+@pytest.mark.parametrize("name", SELF_CONTAINED)
 def test_objectives_do_not_depend_on_the_order_of_views_or_images(name):
     z = projections(4)
     loss = OBJECTIVES[name](z)["loss"]
@@ -151,7 +180,7 @@ def test_objectives_do_not_depend_on_the_order_of_views_or_images(name):
     assert OBJECTIVES[name](mixed)["loss"] > loss
 
 
-@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+@pytest.mark.parametrize("name", SELF_CONTAINED)
 def test_half_precision_projections_give_float32_losses(name):
     z = projections(2, 64, 16, dtype=torch.float32).bfloat16()
     terms = OBJECTIVES[name](z)
@@ -159,7 +188,7 @@ def test_half_precision_projections_give_float32_losses(name):
     torch.testing.assert_close(terms["loss"].double(), OBJECTIVES[name](z.double())["loss"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tcr", "simclr", "vicreg", "barlow"])
+@pytest.mark.parametrize("name", SELF_CONTAINED)
 def test_no_loss_waits_for_two_views_only(name):
     for views in (2, 3, 8):
         assert OBJECTIVES[name](projections(views))["loss"].isfinite()
