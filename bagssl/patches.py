@@ -39,6 +39,8 @@ class Augmentation:
     size: side of the patch that the encoder sees, in pixels.
     brightness, contrast, saturation: factors are drawn from [max(0, 1 - x), 1 + x]; hue: turns from [-x, x].
     flip, jitter, grey, blur, solarise: probabilities.
+    grid: 0, or the pixels of which the offsets of patches of one fixed scale are multiples; the views of an image
+    are then different cells, drawn without replacement.
 
     Raises InputError for a value without sense.
     """
@@ -55,6 +57,7 @@ class Augmentation:
     grey: float = 0.0
     blur: float = 0.0
     solarise: float = 0.0
+    grid: int = 0
 
     def __post_init__(self):
         for name in ("scale", "ratio"):
@@ -68,8 +71,12 @@ class Augmentation:
             raise InputError(f"scale = {self.scale!r}: a share of the image's area is at most 1")
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise InputError(f"size = {self.size!r}: give a whole number of pixels, at least 1")
+        if isinstance(self.grid, bool) or not isinstance(self.grid, int) or self.grid < 0:
+            raise InputError(f"grid = {self.grid!r}: give a whole number of pixels, 0 for any offset")
+        if self.grid and (self.scale[0] != self.scale[1] or self.ratio != (1, 1)):
+            raise InputError(f"grid = {self.grid!r}: only square patches of one fixed scale can lie on a grid")
         most = {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf, "hue": 0.5}
-        for name in (field.name for field in fields(self)[3:]):
+        for name in (field.name for field in fields(self)[3:] if field.name != "grid"):
             value, limit = getattr(self, name), most.get(name, 1)
             if not (_is_number(value) and 0 <= value <= limit):
                 allowed = "at least 0" if limit == math.inf else f"from 0 to {limit}"
@@ -104,7 +111,7 @@ def augment(pixels: Tensor, views: int, augmentation: Augmentation, generator: G
 
     pixels: uint8 [B, 3, H, W], on any device; generator: of the CPU or of that device.
     Returns float32 [views, B, 3, size, size] in [0, 1], contiguous. Equally seeded generators give equal bits.
-    Raises InputError when the pixels have another shape or type.
+    Raises InputError when the pixels have another shape or type, or fewer cells of the grid than views.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
         raise InputError(f"pixels are {pixels.dtype} {list(pixels.shape)}: give uint8 [images, 3, height, width]")
@@ -112,7 +119,11 @@ def augment(pixels: Tensor, views: int, augmentation: Augmentation, generator: G
         raise InputError(f"views = {views!r}: give at least 1")
     (batch, _, height, width), a, device = pixels.shape, augmentation, pixels.device
     count, side = views * batch, fixed_side(a.scale, a.ratio, height, width)
-    boxes = _move(draw_boxes(count, height, width, a.scale, a.ratio, generator), device)
+    if a.grid:
+        boxes = draw_cells(views, batch, height, width, side, a.grid, generator).flatten(0, 1)
+    else:
+        boxes = draw_boxes(count, height, width, a.scale, a.ratio, generator)
+    boxes = _move(boxes, device)
     flip = _move(_chance(count, a.flip, generator), device)
     colour = draw_colour(count, a, generator).to(device)
     image = torch.arange(batch, device=device).repeat(views)
@@ -171,6 +182,28 @@ def draw_boxes(
     room = (height - h, width - w)
     top, left = (torch.where(fits, _below(free + 1, generator), free // 2) for free in room)
     return torch.stack([top, left, h, w], 1)
+
+
+def grid_boxes(height: int, width: int, side: int, grid: int) -> Tensor:
+    """Every square box of `side` pixels whose offsets are multiples of `grid`, row by row: int64 [cells, 4]."""
+    top, left = torch.arange(0, height - side + 1, grid), torch.arange(0, width - side + 1, grid)
+    corners = torch.cartesian_prod(top, left)
+    return torch.cat([corners, torch.full_like(corners, side)], 1)
+
+
+def draw_cells(
+    views: int, batch: int, height: int, width: int, side: int, grid: int, generator: Generator
+) -> Tensor:
+    """Draw `views` different cells of the grid (see `grid_boxes`) in each of `batch` images.
+
+    Any two views of an image are equally likely to be any two different cells, in either order.
+    Returns int64 [views, batch, 4] on the generator's device. Raises InputError for more views than cells.
+    """
+    cells = grid_boxes(height, width, side, grid).to(generator.device)
+    if views > len(cells):
+        raise InputError(f"{views} views do not fit on {len(cells)} different cells: lower views or grid")
+    order = _uniform((batch, len(cells)), 0, 1, generator).argsort(1)
+    return cells[order[:, :views].mT]
 
 
 def evaluation_boxes(count: int, n: int, height: int, width: int, scale: float, generator: Generator) -> Tensor:

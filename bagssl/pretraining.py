@@ -33,6 +33,9 @@ TRAININGS = ("patch-based", "multi-scale", "untrained")
 OPTIMISERS = ("sgd", "lars", "adamw")
 
 
+_LATER = {"later": True}  # marks a setting that was added after the first runs
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """Everything that decides the weights of a run; nothing about hardware, precision or time.
@@ -76,6 +79,8 @@ class PretrainConfig:
     warmup: float = 0.1  # fraction of the steps
     teacher_momentum: float = 0.99  # of the averaged network of BYOL and MoCo, rising to 1 along a cosine
     options: Mapping[str, float] = field(default_factory=dict)  # the objective's own numbers, by name
+    # added later: at its default such a setting is not in `to_dict`, so that runs made before it keep their keys
+    grid: int = field(default=0, metadata=_LATER)  # px: a patch's offsets are multiples of it, views differ; 0: anywhere
 
     def __post_init__(self):
         for field_ in dataclasses.fields(self):
@@ -115,6 +120,7 @@ class PretrainConfig:
         unused = {
             "min_scale": self.training == "patch-based",
             "patch_scale": self.training == "multi-scale",
+            "grid": self.training == "multi-scale",
             "momentum": self.optimiser == "adamw",
             "teacher_momentum": not needs_target(self.objective),
         }
@@ -130,7 +136,10 @@ class PretrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "options": dict(sorted(self.options.items()))}
+        """What identifies a run: all settings, but for those marked `_LATER` that have their default."""
+        same = {f.name for f in dataclasses.fields(self) if f.metadata.get("later") and getattr(self, f.name) == f.default}
+        values = {**dataclasses.asdict(self), "options": dict(sorted(self.options.items()))}
+        return {name: value for name, value in values.items() if name not in same}
 
     @property
     def label(self) -> str:
@@ -146,6 +155,7 @@ class PretrainConfig:
             scale=(self.patch_scale, self.patch_scale) if fixed else (self.min_scale, 1.0),
             ratio=(1.0, 1.0) if fixed else (3 / 4, 4 / 3),
             size=self.size,
+            grid=self.grid,
             **{name: getattr(self, name) for name in _COLOUR},
         )
 
@@ -160,6 +170,7 @@ _RANGES = [
     ("views", 2, 1024),
     ("batch_size", 2, 2**20),
     ("size", 4, 1024),
+    ("grid", 0, 1024),
     ("patch_scale", 1e-3, 1),
     ("min_scale", 1e-3, 1),
     *((name, 0, 10) for name in ("brightness", "contrast", "saturation")),

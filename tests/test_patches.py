@@ -395,6 +395,39 @@ def test_evaluation_boxes_are_nested():
     assert torch.equal(torch.cat(halves), many)
 
 
+def check_cells(draw):
+    """Any two of three views lie on each of the 6 x 5 ordered pairs of different cells equally often; images differ."""
+    n = 6 * 5 * 200
+    boxes = draw(3, n, 16, 24, 8, 8, seeded(7))
+    assert boxes.shape == (3, n, 4) and boxes.dtype == torch.int64 and boxes[..., 2:].eq(8).all()
+    top, left = boxes[..., 0], boxes[..., 1]
+    assert (top % 8).eq(0).all() and (left % 8).eq(0).all()
+    cell = 3 * (top // 8) + left // 8
+    for first, second in itertools.permutations(cell, 2):
+        met = torch.bincount(6 * first + second, minlength=36).view(6, 6)
+        assert met.diagonal().eq(0).all()
+        assert stats.chisquare(met[~torch.eye(6, dtype=torch.bool)].numpy()).pvalue > RARE
+    assert stats.chisquare(torch.bincount(6 * cell[0, ::2] + cell[0, 1::2], minlength=36).numpy()).pvalue > RARE
+
+
+def test_views_on_a_grid_are_drawn_without_replacement():
+    def with_replacement(views, batch, height, width, side, grid, generator):
+        cells = P.grid_boxes(height, width, side, grid)
+        return cells[torch.randint(len(cells), (views, batch), generator=generator)]
+
+    def in_order(*shape):
+        return P.draw_cells(*shape).sort(0).values
+
+    check_cells(P.draw_cells)
+    mistake(check_cells, with_replacement)
+    mistake(check_cells, in_order)
+
+
+def test_grid_boxes():
+    assert P.grid_boxes(8, 12, 4, 4).tolist() == [[t, x, 4, 4] for t in (0, 4) for x in (0, 4, 8)]
+    assert P.grid_boxes(8, 8, 5, 2).tolist() == [[t, x, 5, 5] for t in (0, 2) for x in (0, 2)]  # what does not fit is left
+
+
 def test_native_size():
     assert [P.native_size(s, 32, 32) for s in (0.25, 0.2, 1.0, 1e-6)] == [16, 14, 32, 1]
     assert P.native_size(0.9, 24, 60) == 24
@@ -480,6 +513,7 @@ def test_what_has_no_chance_is_not_drawn():
     ("size", 0), ("size", 16.0), ("size", True), ("flip", -0.1), ("flip", 1.1), ("flip", None),
     ("brightness", -1), ("contrast", math.nan), ("saturation", "0.4"), ("hue", 0.6), ("hue", -0.1),
     ("jitter", 2), ("grey", math.nan), ("blur", -1), ("solarise", 1.5), ("solarise", True),
+    ("grid", -8), ("grid", 8.0), ("grid", True),
 ])  # fmt: skip
 def test_senseless_augmentations_are_refused(name, value):
     given = {"scale": (0.25, 0.25), "ratio": (1, 1), "size": 16, name: value}
@@ -495,5 +529,9 @@ def test_other_wrong_input_is_refused():
     for pixels in (torch.rand(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(0, 3, 8, 8).byte()):
         with pytest.raises(InputError, match="give uint8"):
             augment(pixels, 2, a, seeded())
+    with pytest.raises(InputError, match="grid = 4: only square patches of one fixed scale"):
+        Augmentation((0.25, 0.5), (1, 1), 4, grid=4)
+    with pytest.raises(InputError, match="5 views do not fit on 4 different cells"):
+        augment(pictures(8, 8), 5, Augmentation((0.25, 0.25), (1, 1), 4, grid=4), seeded())
     with pytest.raises(InputError, match="views = 0"):
         augment(pictures(8, 8), 0, a, seeded())

@@ -232,6 +232,33 @@ def test_what_decides_nothing_is_not_in_the_key():
     assert not same({"optimiser": "sgd", "momentum": 0.5}, {"optimiser": "sgd", "momentum": 0.6})
 
 
+def test_settings_added_later_leave_earlier_keys_as_they_were():
+    """The key of a run made before `grid` existed; another value is another run."""
+    config = PretrainConfig(objective="simclr", options={"temperature": 0.2})
+    assert runs.run_key(config.to_dict(), "data") == "b55fbead26edce7a"
+    assert PretrainConfig.from_dict(config.to_dict()) == config
+    aligned = PretrainConfig(objective="simclr", options={"temperature": 0.2}, grid=8)
+    assert runs.run_key(aligned.to_dict(), "data") != "b55fbead26edce7a"
+    assert PretrainConfig.from_dict(aligned.to_dict()) == aligned
+    assert PretrainConfig(training="multi-scale", grid=8) == PretrainConfig(training="multi-scale")
+
+
+def test_patches_on_a_grid_are_different_cells_of_their_image(images):
+    """Cells of one grey each, and no two alike: training crops are whole cells, all of them once in 16 views."""
+    pixels = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    plain = dict.fromkeys(("jitter", "grey", "flip"), 0.0)
+
+    def seen(**where):
+        augmentation = PretrainConfig(patch_scale=1 / 16, size=8, **plain, **where).augmentation()
+        return pretraining.augment(pixels.expand(5, 3, -1, -1), 16, augmentation, torch.Generator().manual_seed(0)) * 255
+
+    cells = seen(grid=8).round().flatten(2)
+    assert (cells == cells[..., :1]).all()
+    assert (cells[..., 0].sort(0).values == torch.arange(16)[:, None]).all()
+    anywhere = seen().round().flatten(2)
+    assert not (anywhere == anywhere[..., :1]).all()
+
+
 def test_less_than_one_step_is_refused(images, tmp_path):
     with pytest.raises(InputError, match="not one step"):
         train(images, tmp_path, epochs=0.05)
@@ -246,7 +273,7 @@ def test_less_than_one_step_is_refused(images, tmp_path):
         {"hue": 0.6}, {"grey": 2}, {"seed": -1}, {"size": 2}, {"width": 0}, {"warmup": 1.1}, {"weight_decay": -1},
         {"options": {"temperature": 0.1}}, {"options": {"invariance": -1}}, {"options": 3}, {"vieuws": 4},
         {"epochs": 0}, {"optimiser": "lars", "weight_decay": 0}, {"dataset": "a/b"}, {"momentum": 1.1},
-        {"objective": "simclr", "options": {"temperature": "hot"}},
+        {"objective": "simclr", "options": {"temperature": "hot"}}, {"grid": -1}, {"grid": 8.0},
     ],
 )  # fmt: skip
 def test_senseless_settings_are_refused_in_one_line(wrong):
