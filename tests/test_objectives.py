@@ -10,8 +10,19 @@ from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from lightly.loss.negative_cosine_similarity import NegativeCosineSimilarity
 
 from bagssl.cooccurrence import mixture, spectral_loss
-from bagssl.objectives import (OBJECTIVES, barlow, byol, coding_rate, moco, needs_target, simclr, spectral, spread,
-                               tcr, vicreg)  # fmt: skip
+from bagssl.objectives import (
+    OBJECTIVES,
+    barlow,
+    byol,
+    coding_rate,
+    moco,
+    needs_target,
+    simclr,
+    spectral,
+    spread,
+    tcr,  # fmt: skip
+    vicreg,
+)
 
 SELF_CONTAINED = [name for name in OBJECTIVES if not needs_target(name)]
 
