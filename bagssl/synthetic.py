@@ -59,15 +59,18 @@ def _below(raw: np.ndarray, n: int) -> np.ndarray:
 
 
 def _motifs() -> np.ndarray:
-    """The coverage of each motif, 0 to 16, int64 [6, 12, 12]: counted on 4×4 points in each pixel."""
+    """The coverage of each motif, 0 to 16, int64 [6, 12, 12]: counted on 4×4 points in each pixel.
+
+    All but the rings repeat every 6 px, so that they are still told apart in an image that is shrunk to half its side.
+    """
     y, x = np.mgrid[: 4 * TILE, : 4 * TILE]
     radius2 = (2 * y - 4 * TILE + 1) ** 2 + (2 * x - 4 * TILE + 1) ** 2  # of a point, in eighths of a pixel
     masks = [
-        y // 8 % 2 == 0,
-        x // 8 % 2 == 0,
+        y // 12 % 2 == 0,
+        x // 12 % 2 == 0,
         (x + y) // 12 % 2 == 0,
         (x // 12 + y // 12) % 2 == 0,
-        (2 * (x % 20) - 19) ** 2 + (2 * (y % 20) - 19) ** 2 < 13**2,
+        (2 * (x % 24) - 23) ** 2 + (2 * (y % 24) - 23) ** 2 < 16**2,
         (radius2 < 10**2) | ((radius2 > 21**2) & (radius2 < 34**2)),
     ]
     return np.stack(masks).astype(np.int64).reshape(len(masks), TILE, 4, TILE, 4).sum((2, 4))

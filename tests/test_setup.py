@@ -177,3 +177,13 @@ def test_the_data_readme_states_the_checksums_that_are_true():
         assert f"| `synthetic` | {split} | `{fingerprint}` |" in readme
     for kind in (CIFAR10, CIFAR100):
         assert f"| `{kind.filename}` | `{kind.tgz_md5}` |" in readme
+
+
+def test_the_readme_shows_the_tables_of_the_record():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- (\S+) -->\n(.*?\n)\n", readme, flags=re.DOTALL)
+    assert shown
+    for path, table in shown:
+        assert table == (ROOT / path).read_text(encoding="utf-8"), f"README.md shows another table than {path}"
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
+        assert (ROOT / path).exists(), f"README.md names {path}, which is not there"

@@ -8,8 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from bagssl import data, synthetic
 
 FINGERPRINTS = {
-    "train": "6b61e47dccb269265131f347e7a9be198f10947e01c08a112f4e70af1ad82604",
-    "test": "549aacb438f02ee15ae0421d15ab18d3f8be4d09b88d94a324894b40ab5b1cdd",
+    "train": "29d01c1be63d954038c606d0baff893a398a604cbd9c00e43bce8a4368446cd7",
+    "test": "d7c06264d47a67f96398411c44ac4166926cd78b07f890ad5a53466e94870e22",
 }
 
 
