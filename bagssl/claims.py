@@ -186,7 +186,7 @@ def hardware(folder: Path) -> str:
 
 def collect(results: Path, profile: str) -> pd.DataFrame:
     """All evidence of a profile, with claim, experiment, hardware, and the table and notebook that hold it."""
-    found = [pd.DataFrame(columns=["claim", *COLUMNS])]
+    found = [pd.DataFrame(columns=[*COLUMNS, "claim", "experiment", "hardware", "table", "notebook"])]
     for folder in experiment_folders(results, profile):
         for path in sorted(folder.glob("tables/claim_c*.csv")):
             claim = path.stem.removeprefix("claim_").upper()

@@ -138,6 +138,13 @@ def notebooks(arguments: argparse.Namespace) -> int:
     return experiments.refresh_notebooks(arguments.notebook)
 
 
+def report(arguments: argparse.Namespace) -> int:
+    from bagssl.report import write_report
+
+    print(os.path.relpath(write_report()))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     text = "Regenerates the tables and figures of arXiv 2206.08954."
     codes = "Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by the time limit, 130 by Ctrl-C."
@@ -159,6 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
 
     command("list", list_experiments, "Show experiments: paper artefact, notebook, cost per profile, state.")
+    command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
 
     made = command("data", None, "List, fetch, add and check datasets.")
     actions = made.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)

@@ -39,7 +39,7 @@ from bagssl.paths import home, results_root, write_atomically
 PROFILES = ("smoke", "laptop", "paper")
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
 OVERTIME = 60.0  # seconds past the time limit before a notebook that takes no notice of it is interrupted
-_BESIDE = {"cli.py", "experiments.py"}  # sources that run notebooks but cannot change what a notebook finds
+_BESIDE = {"cli.py", "experiments.py", "report.py"}  # sources that run notebooks but cannot change what a notebook finds
 
 
 @dataclass(frozen=True)
@@ -576,6 +576,10 @@ def reproduce(
                 kernels.stop(0)
                 raise
     _say_where(sorted(folder for folder, code in ended if code == 0))
+    if any(code == 0 for _, code in ended):
+        from bagssl.report import write_report
+
+        print(f"All of it on one page: {os.path.relpath(write_report(results))}")
     return next((code for code in (130, 1, 2, 3) if code in {code for _, code in ended}), 0)
 
 

@@ -1,0 +1,211 @@
+"""The gallery: results/index.html, one page that needs no server and no network, made from what results/ holds.
+
+What it says comes from the ledger, the tables and figures, and the executed notebooks (title, captions, reading).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import mistune
+import pandas as pd
+from PIL import Image
+
+from bagssl import claims, figures
+from bagssl.errors import InputError
+from bagssl.experiments import PROFILES
+from bagssl.paths import results_root, write_atomically
+from bagssl.runs import read_json
+
+WIDTH = 1200  # pixels of an embedded figure at most: two per pixel of the column on a screen
+ROWS = 12  # intervals drawn for a verdict at most, the worst
+ARM = {"objective", "training", "k", "probe", "feature"}
+
+
+def write_report(results: Path | None = None) -> Path:
+    """Write the ledger of each profile that has results, and the page; the path of the page.
+
+    Raises InputError when there are no results, and for evidence or figures that cannot be read.
+    """
+    root = Path(results or results_root())
+    profiles = [_profile(root, name) for name in PROFILES if claims.experiment_folders(root, name)]
+    if not profiles:
+        raise InputError(f"there are no results in {root}; `bagssl reproduce` makes them")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    page = environment.get_template("report.html.j2").render(
+        profiles=profiles, verdicts=(claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING),
+        paper=figures.paper_values().to_dict("records"))  # fmt: skip
+    with write_atomically(root / "index.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return root / "index.html"
+
+
+def _profile(root: Path, name: str) -> dict[str, Any]:
+    ledger, evidence = claims.write_ledger(root, name), claims.collect(root, name)
+    cards = []
+    for claim, entries in ledger.groupby("claim", sort=False):
+        datasets = []
+        for entry in entries.to_dict("records"):
+            own = evidence[(evidence["claim"] == claim) & (evidence["dataset"] == entry["dataset"])]
+            rows = claims.judged(claim, own) if len(own) else own
+            shown: dict[str, list] = {}  # rule -> what it decides on, worst first
+            for row in rows.to_dict("records"):
+                shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
+            datasets.append({**entry, "experiment": entry["table"].split("/")[0], "rows": shown,
+                             "strip": _strip(claim, entry, rows)})  # fmt: skip
+        verdicts = set(entries["verdict"])
+        order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)
+        cards.append({"claim": claim, "statement": entries["statement"].iloc[0], "datasets": datasets,
+                      "verdict": next(each for each in order if each in verdicts)})  # fmt: skip
+    found = [_experiment(folder) for folder in claims.experiment_folders(root, name)]
+    decided = {(row.claim, row.dataset): row.verdict for row in ledger.itertuples()}
+    for each in found:
+        own = evidence[evidence["experiment"] == each["name"]]
+        pairs = dict.fromkeys(zip(own["claim"], own["dataset"], strict=True))
+        each["decides"] = [(*pair, decided[pair]) for pair in pairs]
+    found.sort(key=lambda each: (each["notebook"], each["name"]))
+    return {"name": name, "claims": cards, "experiments": found, "hardware": sorted({e["hardware"] for e in found})}
+
+
+def _strip(claim: str, entry: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any] | None:
+    """The intervals of the deciding measure on a common scale from 0 to 100, with the threshold."""
+    rows = rows[rows["measure"] == entry["measure"]].dropna(subset=claims.NUMBERS)[:ROWS]
+    if rows.empty:
+        return None
+    (rule,) = (each for each in claims.CLAIMS[claim].on(entry["dataset"]) if each.measure == entry["measure"])
+    threshold = rule.above if rule.below is None else rule.below
+    low, high = min(rows["low"].min(), threshold), max(rows["high"].max(), threshold)
+
+    def place(value: float) -> float:
+        return round(4 + 92 * (value - low) / ((high - low) or 1), 2)
+
+    lines = [{"low": place(row["low"]), "high": place(row["high"]), "value": place(row["value"]),
+              "state": row["state"], "label": f"{row['setting']}: {claims.text(row)}"}
+             for row in rows.to_dict("records")]  # fmt: skip
+    edge = place(threshold)
+    right = (edge, 100 - edge) if rule.below is None else (0, edge)  # where an interval should be: start, width
+    return {"lines": lines, "threshold": edge, "right": right, "label": f"{threshold:g} {rule.unit}".rstrip()}
+
+
+# ---- one experiment
+
+
+def _experiment(folder: Path) -> dict[str, Any]:
+    made, story = read_json(folder / "provenance.json"), _story(folder / f"{folder.name}.ipynb")
+    dataset = next(iter(made.get("data") or {}), "")
+    artefact = folder.name.removesuffix(f"-{dataset}")
+    pictures = sorted(folder.glob("figures/*.png"))
+    shown = [path for path in sorted(folder.glob("tables/*.md")) if not path.stem.startswith("claim_c")]
+    images = [{**_embedded(path), **_about(path, story, ("png", "pdf"))} for path in pictures]
+    tables = [{**_table(path, dataset, artefact), **_about(path, story, ("csv", "md", "tex"))} for path in shown]
+    for each in (images, tables):  # in the order in which the notebook shows them
+        each.sort(key=lambda item: story["order"].get(item["name"], len(story["order"])))
+    lines = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1))
+             for name, value in made.items()]  # fmt: skip
+    return {
+        "name": folder.name, "dataset": dataset, "notebook": str(made.get("notebook", "")), "provenance": lines,
+        "hardware": claims.hardware(folder), "title": story["title"] or folder.name, "figures": images, "tables": tables,
+        "claim": _inline(story["claim"]), "says": _html(story["says"]),
+        "files": {suffix: f"{folder.name}/{folder.name}.{suffix}" for suffix in ("html", "ipynb")
+                  if (folder / f"{folder.name}.{suffix}").exists()},
+    }  # fmt: skip
+
+
+def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:
+    """Name, caption and files (suffix -> path as seen from results/<profile>) of a figure or table."""
+    found = {suffix: path.with_suffix(f".{suffix}") for suffix in suffixes}
+    files = {suffix: "/".join(each.parts[-3:]) for suffix, each in found.items() if each.exists()}
+    return {"name": path.stem, "caption": _inline(story["captions"].get(path.stem, "")), "files": files}
+
+
+def _embedded(path: Path) -> dict[str, Any]:
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGBA")
+    except OSError as error:
+        raise InputError(f"{path} is no readable figure ({' '.join(str(error).split())})") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image.thumbnail((WIDTH, 4 * WIDTH), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=85, method=1)
+    uri = f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return {"uri": uri, "width": image.width, "height": image.height}
+
+
+def _table(path: Path, dataset: str, artefact: str) -> dict[str, Any]:
+    """A table as the notebook shows it and, if it holds accuracies, row by row beside the paper."""
+    source, csv = path.read_text(encoding="utf-8"), path.with_suffix(".csv")
+    frame = pd.read_csv(csv) if csv.exists() else pd.DataFrame()
+    beside, known = "", 0
+    if "accuracy_mean" in frame and "paper" not in frame and ("setting" in frame or set(frame) >= ARM):
+        frame = figures.with_paper(frame, artefact, dataset)
+        deviation = frame.get("accuracy_std", pd.Series(float("nan"), frame.index))
+        ours = [figures.cell(*each) for each in zip(frame["accuracy_mean"], deviation, strict=True)]
+        names = [name for name in frame if name in ARM | {"setting"}]
+        known = int(frame["paper"].notna().sum())
+        beside = figures.markdown(frame[names].assign(ours=ours, paper=frame["paper"], delta=frame["delta"]))
+    return {"html": _html(source), "rows": source.count("\n") - 2, "paper": _html(beside), "known": known}
+
+
+# ---- what the executed notebook says
+
+
+def _story(notebook: Path) -> dict[str, Any]:
+    """Title, claim, captions and reading of an executed notebook of the project's shape; empty where it has none."""
+    found: dict[str, Any] = {"title": "", "claim": "", "says": "", "captions": {}, "order": {}}
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return found
+    before, waiting, saying = "", [], False
+    for cell in cells:
+        source, texts = "".join(cell["source"]), []
+        if cell["cell_type"] == "markdown":
+            texts = [source]
+        else:
+            if names := re.findall(r'\boutput, f?"([^"]+)"', source):  # what the cell writes: its caption comes next
+                waiting = names
+                for name in names:
+                    found["order"].setdefault(name, len(found["order"]))
+                    found["captions"].setdefault(name, before)
+            texts = ["".join(each["data"]["text/markdown"]) for each in cell.get("outputs", [])
+                     if "text/markdown" in each.get("data", {})]  # fmt: skip
+        for paragraph in (each.strip() for text in texts for each in text.split("\n\n") if each.strip()):
+            if paragraph.startswith("# ") and not found["title"]:
+                found["title"] = paragraph.removeprefix("# ")
+            elif paragraph.startswith("#"):
+                before, saying = "", bool(re.match(r"#+ What it says", paragraph))
+            elif re.match(r"\*[^*]", paragraph) and waiting:
+                found["captions"][waiting[0]] = paragraph.strip("* ")
+                waiting = []
+            elif not paragraph.startswith("|"):
+                found["claim"] = found["claim"] or paragraph
+                before = paragraph if cell["cell_type"] == "markdown" else before
+                found["says"] += f"{paragraph}\n\n" if saying else ""
+    return found
+
+
+class _Words(mistune.HTMLRenderer):
+    """Markdown to HTML that a template may trust: raw HTML is text; pictures, which would be loaded, and links that
+    lead from the notebook, not from this page, are their words."""
+
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        return super().link(text, url) if url.startswith("https://") else text
+
+    def image(self, text: str, url: str, title: str | None = None) -> str:
+        return text
+
+
+_html = mistune.create_markdown(renderer=_Words(escape=True), plugins=["table"])
+
+
+def _inline(source: str) -> str:
+    return re.sub(r"</?p>", "", _html(source)).strip()

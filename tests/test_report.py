@@ -1,0 +1,221 @@
+"""The page needs no other file and no network, shows each experiment, and trusts nothing it is given."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pandas as pd
+import pytest
+from PIL import Image
+from test_claims import GOOD
+
+from bagssl import claims, cli, experiments, figures, report
+from bagssl.errors import InputError
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
+NAME = "<img src=x onerror=alert(3)> & #1"
+STORY = [
+    ("markdown", f"# A title {HOSTILE}\n\nThe claim {HOSTILE} in a sentence.\n\nAnother paragraph."),
+    ("code", 'figures.save_figure(figure, output, "curve")', ""),
+    ("markdown", "*What to see: [here](javascript:alert(4)) ![there](https://example.org/x.png).*\n\nMore."),
+    ("code", 'figures.write_table(table, output, "accuracy")', "| a |\n| - |\n| 1 |\n"),
+    ("code", "Markdown(how)", "*Accuracy in per cent.*"),
+    ("markdown", "## What it says"),
+    ("code", "Markdown(reading)", f"- one: **+3.0 points**\n- two {HOSTILE}"),
+    ("markdown", "## Provenance"),
+    ("code", "made", "not of the reading"),
+]
+
+
+def story(cells=STORY) -> str:
+    made = []
+    for kind, source, *output in cells:
+        data = [{"output_type": "display_data", "data": {"text/markdown": output[0]}}] if output else []
+        made.append({"cell_type": kind, "source": source} | ({"outputs": data} if kind == "code" else {}))
+    return json.dumps({"cells": made})
+
+
+def accuracies() -> pd.DataFrame:
+    arm = {"objective": "tcr", "training": "patch-based", "k": 16, "probe": "linear", "feature": "h"}
+    return pd.DataFrame([{**arm, "accuracy_mean": 61.0, "accuracy_std": 0.5, "seeds": 2},
+                         {**arm, "objective": HOSTILE, "accuracy_mean": 52.0, "accuracy_std": 0.5, "seeds": 2}])
+
+
+def write_experiment(results: Path, profile: str, name: str, dataset: str = "cifar10") -> Path:
+    folder = results / profile / name
+    claims.write_evidence(folder, "C2", pd.DataFrame([{**GOOD, "dataset": dataset, "setting": HOSTILE}]))
+    figures.write_table(accuracies(), folder, "accuracy")
+    (folder / "figures").mkdir()
+    Image.new("RGB", (1400, 700), "red").save(folder / "figures/curve.png")
+    (folder / f"{name}.ipynb").write_text(story())
+    (folder / f"{name}.html").write_text("<p>executed</p>")
+    made = {"experiment": name, "notebook": "02.ipynb", "data": {dataset: "0123"}, "commit": HOSTILE,
+            "parameters": {"name": HOSTILE}, "hardware": {"processor": HOSTILE, "cores": 2, "gpu": None}}
+    (folder / "provenance.json").write_text(json.dumps(made))
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text that a reader sees."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text, self.inside = "", ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+
+def faults(source: str, root: Path) -> list[str]:
+    """What would make the page load something, run something foreign, or lead nowhere."""
+    page, found = Page(source), []
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    for tag, attributes in page.tags:
+        if tag in ("link", "iframe", "object", "embed", "base", "form", "video", "audio", "source"):
+            found.append(f"a {tag}")
+        found += [f"{tag} with {name}" for name in attributes if name.startswith("on") or name in ("srcset", "style")]
+        if "src" in attributes and not (tag == "img" and attributes["src"].startswith("data:image/")):
+            found.append(f"{tag} from {attributes['src']}")
+        target = unquote(attributes.get("href") or "")
+        if target.startswith("#"):
+            found += [] if target[1:] in ids else [f"no {target}"]
+        elif "href" in attributes and not target.startswith("https://arxiv.org/") and not (root / target).is_file():
+            found.append(f"no file {target}")
+    scripts = sum(tag == "script" for tag, _ in page.tags)
+    styles = source.partition("<style>")[2].partition("</style>")[0]
+    return found + [f"{scripts} scripts"] * (scripts != 1) + ["a style that loads"] * ("url(" in styles or "@import" in styles) \
+        + ["an id twice"] * (len(set(ids)) < len(ids))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("results")
+    for profile, name in (("smoke", "plain"), ("smoke", NAME), ("laptop", "plain-cifar10")):
+        write_experiment(root, profile, name)
+    (root / "laptop" / ".plain.partial").mkdir()
+    (root / "by-hand" / "plain").mkdir(parents=True)
+    assert report.write_report(root) == root / "index.html"
+    return root
+
+
+@pytest.fixture(scope="module")
+def source(results) -> str:
+    return (results / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(results, source):
+    assert faults(source, results) == []
+    assert "default-src 'none'" in source
+    page = Page(source)
+    assert page.text.count(HOSTILE) >= 3 * 5  # title, claim, reading, evidence, provenance of three experiments
+    assert NAME in page.text and HOSTILE not in source
+
+
+@pytest.mark.parametrize(("added", "fault"), [
+    ('<img src="https://example.org/x.png">', "img from"), ("<script>alert(1)</script>", "2 scripts"),
+    ('<script src="http://example.org/x.js"></script>', "script from"), ('<link rel="stylesheet" href="x.css">', "a link"),
+    ('<p onclick="alert(1)">', "p with onclick"), ('<a href="#nowhere">', "no #nowhere"),
+    ('<a href="smoke/gone.html">', "no file smoke/gone.html"), ('<a href="javascript:alert(1)">', "no file javascript"),
+    ('<p id="smoke">', "an id twice"),
+])  # fmt: skip
+def test_a_page_that_does_not_would_be_found(added, fault, results, source):
+    assert any(fault in found for found in faults(source.replace("</main>", f"{added}</main>"), results))
+    loads = source.replace("</style>", "p { background: url(https://example.org/x.png) }</style>")
+    assert faults(loads, results) == ["a style that loads"]
+
+
+def test_each_profile_experiment_and_claim_has_its_place(results, source):
+    ids = {attributes.get("id") for _, attributes in Page(source).tags}
+    assert {"smoke", "laptop", "smoke/plain", f"smoke/{NAME}", "laptop/plain-cifar10"} <= ids
+    assert {f"{profile}/{claim}" for profile in ("smoke", "laptop") for claim in claims.CLAIMS} <= ids
+    assert not any("partial" in str(each) or "by-hand" in str(each) for each in ids)
+    for profile in ("smoke", "laptop"):
+        ledger = pd.read_csv(results / profile / "claims.csv", keep_default_na=False)
+        assert ledger["verdict"].value_counts().to_dict() == {claims.MISSING: 6, claims.HOLDS: 1}
+    assert "+3.0 points (2.0 to 4.0)" in Page(source).text
+
+
+def test_title_captions_and_reading_come_from_the_executed_notebook(tmp_path):
+    (tmp_path / "one.ipynb").write_text(story())
+    found = report._story(tmp_path / "one.ipynb")
+    assert found["title"] == f"A title {HOSTILE}" and found["claim"] == f"The claim {HOSTILE} in a sentence."
+    assert found["captions"]["curve"].startswith("What to see") and found["captions"]["accuracy"] == "Accuracy in per cent."
+    assert found["says"].startswith("- one: **+3.0 points**") and "not of the reading" not in found["says"]
+    for damaged in ("", "{}", "[1]", '{"cells": []}'):  # the page then does without
+        (tmp_path / "one.ipynb").write_text(damaged)
+        assert report._story(tmp_path / "one.ipynb")["title"] == ""
+
+
+def test_words_are_shown_and_pictures_from_elsewhere_are_not():
+    shown = report._inline("*a* [b](javascript:alert(1)) ![c](https://example.org/x.png) <b>d</b>")
+    assert "<em>a</em>" in shown and "javascript" not in shown and "example.org" not in shown and "&lt;b&gt;" in shown
+
+
+def test_figures_are_embedded_at_a_reasonable_width(results):
+    found = report._embedded(results / "smoke/plain/figures/curve.png")
+    assert (found["width"], found["height"]) == (report.WIDTH, report.WIDTH // 2)
+    assert found["uri"].startswith("data:image/webp;base64,")
+
+
+def test_a_verified_figure_of_the_paper_stands_beside_ours(results, monkeypatch):
+    path = results / "smoke/plain/tables/accuracy.md"
+    assert report._table(path, "cifar10", "plain")["known"] == 0
+    known = {"artefact": "plain", "dataset": "cifar10", "setting": "tcr patch-based k=16 linear h", "value": 60}
+    monkeypatch.setattr(figures, "paper_values", lambda: pd.DataFrame([known]))
+    found = report._table(path, "cifar10", "plain")
+    cells = Page(found["paper"]).text.split()
+    assert found["known"] == 1 and " ".join(cells).count("61.0 ± 0.5 60 1") == 1
+    assert report._table(path, "cifar100", "plain")["known"] == 0
+
+
+def test_the_page_is_the_same_twice(results, source):
+    assert report.write_report(results).read_text(encoding="utf-8") == source
+
+
+def test_no_results_are_one_line_and_code_2(tmp_path, capsys):
+    (tmp_path / "results" / "smoke" / ".good.failed").mkdir(parents=True)
+    assert cli.main(["report"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "bagssl reproduce" in err
+    assert not (tmp_path / "results" / "index.html").exists()
+
+
+def test_a_figure_that_is_none_is_named(tmp_path):
+    folder = write_experiment(tmp_path, "smoke", "plain")
+    (folder / "figures/curve.png").write_bytes(b"no figure")
+    with pytest.raises(InputError, match=r"curve\.png"):
+        report.write_report(tmp_path)
+    assert not (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize("error", [{}, {"ename": "ValueError", "evalue": "no"}])
+def test_reproduce_refreshes_the_page_when_a_stage_is_fresh(error, tmp_path, monkeypatch, capsys):
+    from test_experiments import write_list, write_notebook
+
+    write_notebook(tmp_path / "good.ipynb", ["1"])
+    monkeypatch.setattr("test_experiments.NOTEBOOKS", {"good": []})
+    write_list(tmp_path)
+
+    def run(kernels, notebook, target, *_):
+        target.write_text(story())
+        target.with_name("log.txt").write_text("")
+        return error
+
+    monkeypatch.setattr(experiments.Kernels, "run", run)
+    results = tmp_path / "results"
+    assert experiments.reproduce(notebooks=tmp_path, results=results) == (1 if error else 0)
+    assert (results / "index.html").exists() != bool(error)
+    assert ("index.html" in capsys.readouterr().out) != bool(error)
