@@ -136,10 +136,11 @@ def text(row: Mapping[str, Any]) -> str:
     """`+3.1 points (2.0 to 4.2)`: a difference with its sign, an interval if there is one."""
     if np.isnan(row["value"]):
         return MISSING
-    digits = ".1f" if row["unit"] == "points" else ".3g"
-    sign = "+" if row["unit"] == "points" or " over " in row["measure"] else ""
-    interval = f" ({row['low']:{digits}} to {row['high']:{digits}})" if row["low"] < row["high"] else ""
-    return f"{row['value']:{sign}{digits}} {row['unit']}".rstrip() + interval
+    digits = ".1f" if row["unit"] == "points" else "#.3g"
+    sign = "+" if row["value"] >= 0 and (row["unit"] == "points" or " over " in row["measure"]) else ""
+    value, low, high = (f"{row[name]:{digits}}".rstrip(".") for name in NUMBERS)
+    value = f"{sign}{value} {row['unit']}".rstrip()
+    return f"{value} ({low} to {high})" if row["low"] < row["high"] else value
 
 
 def judged(claim: str, evidence: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,8 @@ def _experiment(folder: Path) -> dict[str, Any]:
     shown = [path for path in sorted(folder.glob("tables/*.md")) if not path.stem.startswith("claim_c")]
     images = [{**_embedded(path), **_about(path, story, ("png", "pdf"))} for path in pictures]
     tables = [{**_table(path, dataset, artefact), **_about(path, story, ("csv", "md", "tex"))} for path in shown]
-    for each in (images, tables):  # in the order in which the notebook shows them
-        each.sort(key=lambda item: story["order"].get(item["name"], len(story["order"])))
+    for each in (images, tables):
+        each.sort(key=lambda item: item["place"])
     lines = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1))
              for name, value in made.items()]  # fmt: skip
     return {
@@ -120,10 +121,12 @@ def _experiment(folder: Path) -> dict[str, Any]:
 
 
 def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:
-    """Name, caption and files (suffix -> path as seen from results/<profile>) of a figure or table."""
+    """Name, place and caption in the notebook, files (suffix -> path from results/<profile>) of a figure or table."""
     found = {suffix: path.with_suffix(f".{suffix}") for suffix in suffixes}
     files = {suffix: "/".join(each.parts[-3:]) for suffix, each in found.items() if each.exists()}
-    return {"name": path.stem, "caption": _inline(story["captions"].get(path.stem, "")), "files": files}
+    captions = [*story["captions"].items(), ("*", "")]
+    place, caption = next((i, words) for i, (name, words) in enumerate(captions) if fnmatchcase(path.stem, name))
+    return {"name": path.stem, "place": place, "caption": _inline(caption), "files": files}
 
 
 def _embedded(path: Path) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def _table(path: Path, dataset: str, artefact: str) -> dict[str, Any]:
 
 def _story(notebook: Path) -> dict[str, Any]:
     """Title, claim, captions and reading of an executed notebook of the project's shape; empty where it has none."""
-    found: dict[str, Any] = {"title": "", "claim": "", "says": "", "captions": {}, "order": {}}
+    found: dict[str, Any] = {"title": "", "claim": "", "says": "", "captions": {}}
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -171,20 +174,18 @@ def _story(notebook: Path) -> dict[str, Any]:
         if cell["cell_type"] == "markdown":
             texts = [source]
         else:
-            if names := re.findall(r'\boutput, f?"([^"]+)"', source):  # what the cell writes: its caption comes next
-                waiting = names
-                for name in names:
-                    found["order"].setdefault(name, len(found["order"]))
-                    found["captions"].setdefault(name, before)
+            for name in re.findall(r'(?:save_figure|write_table)\(.*?\boutput, f?"([^"]+)"', source, re.DOTALL):
+                waiting.append(re.sub(r"\{.*?\}", "*", name))  # its caption comes next, or is what came before
+                found["captions"].setdefault(waiting[-1], before)
             texts = ["".join(each["data"]["text/markdown"]) for each in cell.get("outputs", [])
                      if "text/markdown" in each.get("data", {})]  # fmt: skip
         for paragraph in (each.strip() for text in texts for each in text.split("\n\n") if each.strip()):
             if paragraph.startswith("# ") and not found["title"]:
                 found["title"] = paragraph.removeprefix("# ")
             elif paragraph.startswith("#"):
-                before, saying = "", bool(re.match(r"#+ What it says", paragraph))
+                before, waiting, saying = "", [], bool(re.match(r"#+ What it says", paragraph))
             elif re.match(r"\*[^*]", paragraph) and waiting:
-                found["captions"][waiting[0]] = paragraph.strip("* ")
+                found["captions"] |= dict.fromkeys(waiting, paragraph.strip("* "))
                 waiting = []
             elif not paragraph.startswith("|"):
                 found["claim"] = found["claim"] or paragraph
@@ -204,7 +205,16 @@ class _Words(mistune.HTMLRenderer):
         return text
 
 
-_html = mistune.create_markdown(renderer=_Words(escape=True), plugins=["table"])
+    def inline_math(self, text: str) -> str:
+        """The formula as letters: this page has no typesetter."""
+        text = mistune.escape(re.sub(r"\\(mathbb|mathrm|mathbf|text)\b|\\[,;! ]", " ", text).replace(r"\top", "ᵀ"))
+        for mark, tag in (("_", "sub"), (r"\^", "sup")):
+            text = re.sub(mark + r"(\w|\{[^{}]*\})", rf"<{tag}>\1</{tag}>", text)
+        text = re.sub(r"[{}\\]", "", text)
+        return f"<i>{text}</i>"
+
+
+_html = mistune.create_markdown(renderer=_Words(escape=True), plugins=["table", "math"])
 
 
 def _inline(source: str) -> str:

@@ -140,9 +140,9 @@ def test_wrong_evidence_is_refused_in_one_line(claim, frame, fault, tmp_path):
 @pytest.mark.parametrize(("changed", "shown"), [
     ({}, "+3.0 points (2.0 to 4.0)"),
     ({"value": -0.5, "low": -3.0, "high": 2.0}, "-0.5 points (-3.0 to 2.0)"),
-    ({"measure": "centred cosine", "unit": "", "value": 0.95123, "low": 0.95, "high": 0.9567}, "0.951 (0.95 to 0.957)"),
+    ({"measure": "centred cosine", "unit": "", "value": 0.95123, "low": 0.95, "high": 0.9567}, "0.951 (0.950 to 0.957)"),
     ({"measure": "identity error", "unit": "", "value": 3.11e-16, "low": 3.11e-16, "high": 3.11e-16}, "3.11e-16"),
-    ({"measure": "position R2, h over z", "unit": "", "value": 0.25, "low": 0.2, "high": 0.3}, "+0.25 (0.2 to 0.3)"),
+    ({"measure": "position R2, h over z", "unit": "", "value": 0.25, "low": 0.2, "high": 0.3}, "+0.250 (0.200 to 0.300)"),
 ])  # fmt: skip
 def test_a_value_is_shown_with_its_interval_and_a_difference_with_its_sign(changed, shown):
     assert claims.text({**GOOD, **changed}) == shown
@@ -211,7 +211,7 @@ def test_evidence_reads_back_as_it_was_written(tmp_path):
     found = claims.collect(tmp_path, "smoke")
     pd.testing.assert_frame_equal(found[claims.COLUMNS], frame[claims.COLUMNS], rtol=1e-5)
     assert "9.99e-11" not in (folder / "tables/claim_c1.md").read_text()  # the value, not its distance
-    assert re.search(r"1e-13", (folder / "tables/claim_c1.md").read_text())
+    assert re.search(r"1.00e-13", (folder / "tables/claim_c1.md").read_text())
 
 
 @pytest.mark.parametrize("content", ["", "dataset,value\nx,1\n", "\x00\xff", "a,b\n1,2,3\n1,2,3,4,5\n"])
