@@ -292,7 +292,7 @@ def accuracy_against_scale(frame: pd.DataFrame) -> Figure:
     floor = untrained[untrained["k"] == untrained["k"].max()].sort_values("scale")
     right.plot(floor["scale"], floor["accuracy_mean"], color=GREY, marker="D", label=f"untrained, K = {floor['k'].max()}")
     right.set(xlabel="patch scale (share of the area)")
-    right.legend(ncols=2)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 

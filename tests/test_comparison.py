@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bagssl import comparison, evaluation
+from bagssl import comparison, data, evaluation, figures, objectives
 from bagssl.bags import embed_bags
 from bagssl.data import load
 from bagssl.errors import InputError
@@ -174,3 +174,28 @@ def test_the_records_of_runs_are_kept_without_their_weights(images, finished, tm
     assert table.loc["training data", ""] == images[0].fingerprint[:16]
     assert all(run.key in table.loc["runs", ""] for run in finished)
     comparison.provenance(tmp_path, finished, {"training": images[0]})  # and again, over what is there
+
+
+def test_an_outsiders_objective_and_dataset_appear_in_the_table(monkeypatch, tmp_path):
+    """One function and one name each, as the README says under "Change one thing"."""
+    def toy(z, *, weight=1.0):
+        return {"loss": weight * (z.square().mean() - 1) ** 2 + z.var(0).mean()}
+
+    def stripes(split):
+        labels = torch.arange(60) % 2
+        lines = torch.arange(16) % 4 < 2
+        pixels = torch.stack([lines.expand(16, 16), lines.expand(16, 16).T])[labels] * 200 + len(split)
+        return pixels[:, None].repeat(1, 3, 1, 1).byte(), labels, ("across", "along")
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "toy", toy)
+    monkeypatch.setitem(data.EMBEDDED, "stripes", stripes)
+    recipe = {**RECIPE, "dataset": "stripes"}
+    arms = comparison.arms(["toy"], [0], recipe, {"toy": {"options": {"weight": 2.0}}}, ["patch-based"])
+    train, test = (load("stripes", split) for split in ("train", "test"))
+    trained = comparison.train_all(arms, train, root=tmp_path, progress=False)
+    how = {"scale": 0.25, "probes": ["knn"], "progress": False}
+    table = figures.comparison_table(comparison.over_seeds(comparison.measure_all(trained, train, test, [4], **how)))
+    assert ("kNN", "toy", "patch-based") in table.index
+    assert "stripes" in data.names(tmp_path)
+    with pytest.raises(InputError, match="toy has no option 'wieght': it has weight"):
+        comparison.arms(["toy"], [0], recipe, {"toy": {"options": {"wieght": 2.0}}})
