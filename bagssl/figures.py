@@ -345,3 +345,66 @@ def patch_figure(images: Tensor, boxes: Tensor) -> Figure:
             patch = panel(place, image[top : top + high, left : left + wide])
             patch.spines[:].set(visible=True, color=tint, linewidth=2.5)
     return figure
+
+
+# ---- patches in their images
+
+
+def _picture(axis: Axes, pixels: Tensor, box: Sequence[int] | None = None, tint: str = "#FFD400") -> None:
+    """An image [3, H, W] without axes, and on it a box outlined in dark and bright, seen on any picture."""
+    axis.imshow(pixels.permute(1, 2, 0).cpu().numpy())
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    if box is not None:
+        top, left, high, wide = map(int, box)
+        for width, edge in ((2.6, "black"), (1.3, tint)):
+            corner, looks = (left - 0.5, top - 0.5), {"color": edge, "linewidth": width}
+            axis.add_patch(Rectangle(corner, wide, high, fill=False, **looks))
+
+
+def gallery(pixels: Tensor, boxes: Tensor | None, names: Sequence[Sequence[str]], heading: str) -> Figure:
+    """One row per query: the query's image, then its neighbours, nearest first, the patches outlined.
+
+    pixels: uint8 [rows, columns, 3, H, W]; boxes: whole numbers [rows, columns, 4], None where whole images
+    are compared; names [rows][columns] stand above the images, in bold where a neighbour's is the query's.
+    """
+    rows, columns = pixels.shape[:2]
+    widths = [1, 0.15, *[1] * (columns - 1)]  # a gap after the query
+    size = (7, 0.32 + rows * 8 / (columns + 0.5))
+    figure, axes = plt.subplots(rows, columns + 1, figsize=size, width_ratios=widths, squeeze=False)
+    for row in range(rows):
+        axes[row, 1].set_axis_off()
+        for column, axis in enumerate(axes[row, [0, *range(2, columns + 1)]]):
+            box = None if boxes is None else boxes[row, column]
+            _picture(axis, pixels[row, column], box, "#FFD400" if column else "#56B4E9")
+            weight = "bold" if column and names[row][column] == names[row][0] else "normal"
+            axis.set_title(names[row][column], fontsize=7, loc="center", pad=2, fontweight=weight)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+    return figure
+
+
+def similarity_maps(pixels: Tensor, maps: Mapping[str, np.ndarray], box: Sequence[int], step: int) -> Figure:
+    """How similar one patch is to each place of some images: the images, then a row per kind of feature.
+
+    pixels: uint8 [N, 3, H, W], of which the first shows the query's `box`; maps: title -> cosines [N, rows,
+    columns] at every `step`-th position, drawn where the centres of the patches lie. One scale from -1 to
+    1.
+    """
+    count, (high, wide) = len(pixels), pixels.shape[2:]
+    size = (7, 0.2 + 6.3 * (1 + len(maps)) / count)
+    figure, axes = plt.subplots(1 + len(maps), count, figsize=size, squeeze=False)
+    for column, image in enumerate(pixels):
+        _picture(axes[0, column], image, None if column else box, "#56B4E9")
+    for row, (name, each) in enumerate(maps.items(), start=1):
+        for column, axis in enumerate(axes[row]):
+            grey = pixels[column].float().mean(dim=0, keepdim=True).byte().expand(3, -1, -1)
+            _picture(axis, grey, None if column else box, "#56B4E9")
+            down, across = each[column].shape
+            left, top = (np.array((box[3], box[2])) - step - 1) / 2
+            extent = (left, left + across * step, top + down * step, top)
+            drawn = axis.imshow(each[column], extent=extent, cmap="RdBu_r", vmin=-1, vmax=1, alpha=0.85)
+            axis.set(xlim=(-0.5, wide - 0.5), ylim=(high - 0.5, -0.5))
+        axes[row, 0].set_ylabel(name)
+    figure.colorbar(drawn, ax=axes[1:].ravel().tolist(), shrink=0.8, label="centred cosine")
+    return figure

@@ -1,11 +1,11 @@
 """What an image's embedding has of its patches (claim C4), and what a patch's has of its place (C5, C6).
 
-Features are [patches, images, dim]; those of bags, their means over patches, are [1, images, dim]. A cosine is
-centred where the mean feature of all patches of all images is subtracted from both sides first: embeddings are
-non-negative, so their raw cosines are high whatever the images show.
+Features are [patches K, images N, dim]; those of bags, the means over patches, are [1, N, dim]. A cosine is
+centred where the mean over all patches of all images is subtracted from both sides first: embeddings are
+non-negative, so raw cosines are high whatever the images show.
 
-Patches of an image are not independent of each other, images are. So a measure is kept as one numerator and one
-denominator per image, its value is the ratio of their means, and `estimate` resamples images.
+Images are independent of each other, the patches of one image are not. So a measure is kept as one numerator
+and one denominator per image; its value is the ratio of their means, and `estimate` resamples images.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def estimate(measure: Ratio, minus: Ratio | None = None, seed: int = 0) -> Estim
 
 
 def _bootstrap(columns: np.ndarray, statistic: Callable, seed: int) -> list[Estimate]:
-    """Estimates of what `statistic` makes of means over images: [resamples, columns] -> [resamples(, values)]."""
-    means = np.vstack([columns.mean(axis=0), _resamples(len(columns), seed) @ columns])  # first the images as they are
+    """Estimates of what `statistic` makes of means over images: [means, columns] -> [means, values]."""
+    means = np.vstack([columns.mean(axis=0), _resamples(len(columns), seed) @ columns])
     values = np.asarray(statistic(means)).reshape(len(means), -1)
     low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
     return [Estimate(*map(float, each)) for each in zip(values[0], low, high, strict=True)]
@@ -107,10 +107,10 @@ def another(count: int, seed: int = 0) -> Tensor:
 def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
     """How near the mean of K patch embeddings is to the whole image's, for each image and K.
 
-    embedded: {K: [images, dim]} as from `bags.embed_bags`, K = 0 being the whole image. Columns: image, k, patches
-    ("own" or "another image's"), centred, cosine, error = |mean of K - whole| / |whole|. Centred: from the whole
-    images' embeddings their mean over all these images is subtracted, and from the patch means, of every K, the
-    mean over these images of the largest bags.
+    embedded: {K: [N, dim]} as from `bags.embed_bags`, K = 0 being the whole image. Columns: image, k, patches
+    ("own" or "another image's"), centred, cosine, error = |mean of K - whole| / |whole|. Centred: from the
+    whole images' embeddings their mean over these images is subtracted, and from the means of patches, for
+    every K, the mean over these images of the largest bags.
     """
     whole, ks = embedded[0].double(), sorted(set(embedded) - {0})
     limit, own = embedded[ks[-1]].double().mean(dim=0), torch.arange(len(whole))
@@ -128,11 +128,11 @@ def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
 
 
 def sampling_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
-    """The K whose double is there too, and the squared distance of the mean of K to its limit [images, len(K)].
+    """Each K whose double is there too, and the squared distance [N, len(K)] of the mean of K to its limit.
 
-    Bags are nested: the mean of 2K is halfway between that of the first K and that of the next, disjoint K. Half of
-    the squared distance of these two is, in expectation, that of either to the limit; for independent patches it
-    is their variance / K.
+    Bags are nested: the mean of 2K lies halfway between those of the first K and of the next, disjoint K.
+    Half of their squared distance is, in expectation, that of either to the limit: for independent patches,
+    variance / K.
     """
     ks = [k for k in sorted(set(embedded) - {0}) if 2 * k in embedded]
     if len(ks) < 2:
@@ -142,25 +142,23 @@ def sampling_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarra
 
 
 def whole_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
-    """All K, and the squared distance of the mean of K to the whole image's embedding [images, len(K)], both centred."""
+    """Each K, and the squared distance [N, len(K)] of the mean of K to the whole image, both centred."""
     whole, ks = embedded[0].double(), sorted(set(embedded) - {0})
     whole, limit = whole - whole.mean(dim=0), embedded[ks[-1]].double().mean(dim=0)
     return ks, torch.stack([(embedded[k] - limit - whole).square().sum(dim=1) for k in ks], dim=1).numpy()
 
 
 def exponent(ks: Sequence[int], squared: np.ndarray, seed: int = 0) -> Estimate:
-    """c in error ~ K^c: half the slope of log(mean squared error) against log K, by least squares.
-
-    squared [images, len(ks)]. Independent patches: -1/2.
-    """
+    """c in error ~ K^c: half the slope of log(mean over images of squared [N, len(ks)]) against log K."""
     return _bootstrap(squared, lambda means: np.polyfit(np.log(ks), np.log(means).T, 1)[0] / 2, seed)[0]
 
 
 def levelling(embedded: Mapping[int, Tensor], seed: int = 0) -> tuple[Estimate, Estimate]:
-    """a and b in mean squared error to the whole image = a + b / K: what stays, and what more patches take away.
+    """a and b in mean `whole_error` = a + b / K: what stays, and what more patches take away.
 
-    Patches are drawn independently, so this form is exact, and nothing is fitted: b, the variance of one patch, is
-    the mean over K of K x `sampling_error`, a the mean over K of what b leaves of `whole_error`.
+    Patches are drawn independently, so this form is exact, and nothing is fitted: b, the variance of one
+    patch, is the mean over K of K x `sampling_error`, and a the mean over K of what b / K leaves of
+    `whole_error`.
     """
     halves, limit = sampling_error(embedded)
     ks, whole = whole_error(embedded)
@@ -173,10 +171,10 @@ def levelling(embedded: Mapping[int, Tensor], seed: int = 0) -> tuple[Estimate, 
 
 
 def position(features: Tensor, boxes: Tensor, seed: int = 0) -> Ratio:
-    """R² of the patches' centres (x, y), decoded by ridge regression: one row per test image, of half of the images.
+    """R² of the patches' centres, decoded by ridge regression on half of the images, in the other half.
 
-    features [K, N, dim]; boxes [K, N, 4]. Both coordinates together, as sklearn's r2_score with
-    "variance_weighted"; the strength is chosen by leave-one-out on the training images. No image is in both halves.
+    features [K, N, dim]; boxes [K, N, 4]. Both coordinates count as in sklearn's r2_score by
+    "variance_weighted". The strength is chosen by leave-one-out on the training half.
     """
     centres = (boxes[..., :2] + boxes[..., 2:] / 2).double()
     order = torch.randperm(features.shape[1], generator=Generator().manual_seed(seed))
@@ -190,19 +188,19 @@ def position(features: Tensor, boxes: Tensor, seed: int = 0) -> Ratio:
     return Ratio((total - rest).numpy(), total.numpy())
 
 
-def unit(features: Tensor) -> Tensor:
-    """Centred and of length 1: [K, N, dim] -> the same; products of such features are centred cosines."""
-    return F.normalize(features - features.mean(dim=(0, 1)), dim=-1)
+def unit(features: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Features [K, N, dim] less their mean, or another [dim], at length 1: products are centred cosines."""
+    return F.normalize(features - (features.mean(dim=(0, 1)) if mean is None else mean), dim=-1)
 
 
 def neighbours(features: Tensor, labels: Tensor, boxes: Tensor | None = None,
                k: int = 10) -> dict[str, tuple[Ratio, Ratio]]:
-    """What the neighbours of patches (by centred cosine) have in common with them: {name: (share, by chance)}.
+    """What the neighbours of patches, by centred cosine, share with them: {name: (share of them, by chance)}.
 
-    features [K, N, dim]; labels [N]; boxes [K, N, 4], None for features that have no one place. "same image": the
-    nearest of all other patches lies in the image of the query; "same image, apart": likewise, among patches that
-    have no pixel in common with the query. Of the k nearest of other images: "same class", and "same position", a
-    centre within half a patch side. By chance: the share of such patches among all that could have been neighbours.
+    features [K, N, dim]; labels [N]; boxes [K, N, 4], None for features that have no one place. "same image":
+    the nearest of all other patches is of the query's image; "same image, apart": of all that have no pixel
+    in common with the query. Of the k nearest in other images: "same class", and "same position", a centre
+    within half a patch side. By chance: the share of such patches among all that could have been neighbours.
     """
     count, n = features.shape[:2]
     flat = unit(features).transpose(0, 1).flatten(0, 1)  # image by image
@@ -213,15 +211,13 @@ def neighbours(features: Tensor, labels: Tensor, boxes: Tensor | None = None,
     found: dict[str, list[Tensor]] = {}
 
     def add(name: str, hits: Tensor, wanted: Tensor, allowed: Tensor) -> None:
-        counts = allowed.sum(dim=1)
-        chance = (wanted & allowed).sum(dim=1) / counts.clamp(min=1)
+        chance = (wanted & allowed).sum(dim=1) / allowed.sum(dim=1)
         found.setdefault(name, []).append(torch.stack([hits.double(), chance.double()], dim=1))
 
     for rows in torch.arange(len(flat)).split(max(1, BLOCK // len(flat))):
         cosine, own = flat[rows] @ flat.T, image[rows, None] == image
-        others = torch.ones_like(own).scatter_(1, rows[:, None], False)
         same = {"same class": label[rows, None] == label}
-        images = {"same image": others}
+        images = {"same image": torch.ones_like(own).scatter_(1, rows[:, None], False)}  # all but the query
         if place is not None:
             side = place[rows, None, 2]
             offset = (place[rows, None, :2] - place[None, :, :2]).abs()
@@ -238,7 +234,7 @@ def neighbours(features: Tensor, labels: Tensor, boxes: Tensor | None = None,
 
 
 def nearest(features: Tensor, patch: int, image: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k other images nearest to a patch by centred cosine, each by its nearest patch: patches [k], images [k]."""
+    """The k other images nearest to a patch by centred cosine: their nearest patches [k], the images [k]."""
     directions = unit(features)
     cosine, best = (directions @ directions[patch, image]).max(dim=0)
     cosine[image] = -2
@@ -261,10 +257,10 @@ def inner_boxes(count: int, pixels: Tensor, scale: float, shifts: Sequence[int],
 
 def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int],
             seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """{name: (pixels, boxes)} of the same patches changed, each image's patches all in one drawn way.
+    """{name: (pixels, boxes)} of patches changed, all those of one image in the one way that is drawn for it.
 
-    "shift d px": up, down, left or right; "scale": twice or half the area about the same centre; "colour": the
-    training recipe's jitter of brightness, contrast, saturation and hue, always applied; "flip": mirrored.
+    "shift d px": up, down, left or right; "scale": twice or half the area about the same centre; "colour":
+    the training recipe's jitter of the image's brightness, contrast, saturation and hue; "flip": mirrored.
     """
     n, width, generator = len(pixels), pixels.shape[3], Generator().manual_seed(seed)
     steps = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])[torch.randint(4, (n,), generator=generator)]
@@ -288,7 +284,8 @@ def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int],
 def sensitivity(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
     """How far a change moves features: mean of 1 - cosine with their own, over that with another image's.
 
-    before, after [K, N, dim]; the mean of `before` is subtracted from both. 0: invariant; 1: as far as unrelated.
+    before, after [K, N, dim]; the mean of `before` is subtracted from both. 0: invariant; 1: as far as
+    unrelated.
     """
     mean = before.mean(dim=(0, 1))
     before, after = before - mean, after - mean
@@ -298,7 +295,7 @@ def sensitivity(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
 
 
 def grid(height: int, width: int, side: int, stride: int, n: int) -> tuple[Tensor, int]:
-    """Boxes [rows * columns, n, 4] of every `stride`-th position, row by row, in each of n images; the columns."""
+    """Boxes [rows * columns, n, 4] at every `stride`-th place of n images, row by row; the columns."""
     tops, lefts = (torch.arange(0, full - side + 1, stride) for full in (height, width))
     corners = torch.cartesian_prod(tops, lefts)
     boxes = torch.cat([corners, torch.full_like(corners, side)], dim=1)
@@ -309,11 +306,11 @@ def measures(
     encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,
     count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0, **how,
 ) -> dict[tuple[str, str, str], Ratio]:
-    """All of the above: {(feature h or z, level "patch" or "bag", name): measure}, from `count` patches per image.
+    """All of the above on `count` patches per image: {("h" or "z", level "patch" or "bag", name): measure}.
 
-    Names: "position R2" (patch level alone), those of `neighbours`, each also with " by chance", and those of
-    `changes` with " sensitivity". A bag is the mean over the `count` patches; among neighbours, as one bag has no
-    other of its image, over each half of them. pixels, labels, scale, size and **how as in `bags.embed_bags`.
+    Names: "position R2" (of patches alone), those of `neighbours`, each also with " by chance", and those of
+    `changes` with " sensitivity". A bag is the mean over the `count` patches; among neighbours, where each
+    needs another of its image, over each half of them. pixels, scale, size and **how as in `bags.embed_bags`.
     """
     generator = Generator().manual_seed(seed)
     boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, generator)
@@ -323,8 +320,9 @@ def measures(
     for feature, each in found.items():
         table[feature, "patch", "position R2"] = position(each, boxes, seed)
         halves = torch.stack([half.mean(dim=0) for half in each.tensor_split(2)])
-        for level, near in (("patch", neighbours(each, labels, boxes, k)), ("bag", neighbours(halves, labels, k=k))):
-            for name, (own, chance) in near.items():
+        near = {"patch": neighbours(each, labels, boxes, k), "bag": neighbours(halves, labels, k=k)}
+        for level, shares in near.items():
+            for name, (own, chance) in shares.items():
                 table |= {(feature, level, name): own, (feature, level, f"{name} by chance"): chance}
     for name, change in changes(pixels, inner, shifts, seed).items():
         for feature, after in features(encoder, projector, *change, size, **how).items():

@@ -1,14 +1,15 @@
-"""Measures of locality on features whose answers are known, each beside a control that must come out otherwise."""
+"""Measures of locality on features with known answers, each beside a control that comes out otherwise."""
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
-from bagssl import bags, locality, patches
+from bagssl import bags, figures, locality, patches
 from bagssl.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +54,8 @@ def test_an_interval_has_the_width_that_theory_says_and_a_paired_one_is_narrower
 
 def test_a_ratio_is_that_of_the_means_not_the_mean_of_ratios():
     over, under = np.array([1.0, 4.0]), np.array([1.0, 2.0])
-    assert locality.estimate(locality.Ratio(over, under)).value == pytest.approx(5 / 3) != (over / under).mean()
+    found = locality.estimate(locality.Ratio(over, under)).value
+    assert found == pytest.approx(5 / 3) and (over / under).mean() == 1.5
 
 
 def test_another_image_is_never_the_same():
@@ -94,7 +96,8 @@ def test_a_linear_encoder_embeds_the_whole_as_the_mean_of_its_tiles():
 
 def test_a_constant_inflates_the_raw_cosine_and_leaves_the_centred_one():
     embedded = {k: normal(30, 8, seed=k) for k in (0, 1, 4)}
-    plain, moved = locality.convergence(embedded), locality.convergence({k: h + 50 for k, h in embedded.items()})
+    plain = locality.convergence(embedded)
+    moved = locality.convergence({k: h + 50 for k, h in embedded.items()})
     centred = plain["centred"]
     np.testing.assert_allclose(plain[centred]["cosine"], moved[centred]["cosine"], atol=1e-9)
     assert moved[~centred]["cosine"].min() > 0.99 and plain[~centred]["cosine"].abs().mean() < 0.5
@@ -104,7 +107,8 @@ def test_each_number_of_the_frame_is_the_plain_one():
     embedded = {k: normal(5, 3, seed=k) for k in (0, 1, 4)}
     frame = locality.convergence(embedded)
     (row,) = frame.query("image == 2 and k == 1 and patches == 'own' and centred").to_dict("records")
-    whole, mean = (embedded[0] - embedded[0].mean(0))[2].numpy(), (embedded[1] - embedded[4].mean(0))[2].numpy()
+    whole = (embedded[0] - embedded[0].mean(0))[2].numpy()
+    mean = (embedded[1] - embedded[4].mean(0))[2].numpy()
     assert row["cosine"] == pytest.approx(whole @ mean / np.linalg.norm(whole) / np.linalg.norm(mean))
     assert row["error"] == pytest.approx(np.linalg.norm(mean - whole) / np.linalg.norm(whole))
 
@@ -113,10 +117,10 @@ def test_independent_patches_converge_with_the_exponent_one_half():
     drawn = normal(64, 400, 16)
     ks, squared = locality.sampling_error(nested(drawn))
     assert ks == KS[:-1] and squared.shape == (400, 6)
-    np.testing.assert_allclose(squared.mean(axis=0), 16 / np.array(ks), rtol=0.05)  # variance 16 in 16 dimensions
+    np.testing.assert_allclose(squared.mean(axis=0), 16 / np.array(ks), rtol=0.05)  # one per dimension
     found = locality.exponent(ks, squared)
     assert found.low < -0.5 < found.high and found.high - found.low < 0.05
-    growing = drawn * torch.arange(1, 65)[:, None, None] ** 0.25  # the control: each patch noisier than the last
+    growing = drawn * torch.arange(1, 65)[:, None, None] ** 0.25  # the control: ever noisier patches
     assert -0.35 < locality.exponent(*locality.sampling_error(nested(growing))).value < -0.2
     with pytest.raises(InputError, match="K, 2K"):
         locality.sampling_error({1: drawn[0], 16: drawn[1]})
@@ -219,7 +223,8 @@ def test_features_that_show_one_thing_alone_have_neighbours_that_share_it():
     labels = torch.arange(60) % 3
     image = locality.neighbours(torch.eye(60).expand(8, -1, -1) + jitter, labels, boxes)
     assert shares(image)["same image"] == 1 and shares(image)["same class"] < 0.5
-    kind = shares(locality.neighbours(torch.eye(3)[labels].expand(8, -1, -1) + jitter[..., :3], labels, boxes))
+    kind = torch.eye(3)[labels].expand(8, -1, -1) + jitter[..., :3]
+    kind = shares(locality.neighbours(kind, labels, boxes))
     assert kind["same class"] == 1 and kind["same image"] < 0.2
     cell = nn.functional.one_hot(boxes[..., 0] // 3 * 3 + boxes[..., 1] // 3, 9)  # 3 px wide, of 9 offsets
     place = shares(locality.neighbours(cell + jitter[..., :9], labels, boxes))
@@ -319,8 +324,30 @@ def test_all_measures_of_a_colour_encoder_are_what_its_pictures_say():
     table = locality.measures(COLOUR, nn.Identity(), pixels, torch.arange(60) // 20, **how)
     value = {key: locality.estimate(measure).value for key, measure in table.items()}
     assert {key[:2] for key in value} == {("h", "patch"), ("h", "bag"), ("z", "patch"), ("z", "bag")}
-    assert all(value["z", level, name] == found for (feature, level, name), found in value.items() if feature == "h")
+    assert all(value["z", *key[1:]] == found for key, found in value.items() if key[0] == "h")
     assert value["h", "patch", "position R2"] == pytest.approx(0.5, abs=0.05)  # the columns, not the rows
     assert value["h", "bag", "same class"] > 2 * value["h", "bag", "same class by chance"] - 0.05
     assert value["h", "patch", "flip sensitivity"] == pytest.approx(0, abs=1e-5)
     assert value["h", "patch", "shift 4 px sensitivity"] > 10 * value["h", "patch", "flip sensitivity"] + 1e-3
+
+
+# ---- pictures
+
+
+def test_pictures_mark_the_patches_and_lay_the_maps_where_their_centres_are():
+    pixels, boxes = noise(6, 12).view(2, 3, 3, 12, 12), random_boxes(3, 2, 12).transpose(0, 1)
+    figure = figures.gallery(pixels, boxes, [["A", "B", "A"], ["B", "A", "C"]], "Nearest")
+    shown = [axis for axis in figure.axes if axis.images]
+    assert len(shown) == 6 and [len(axis.patches) for axis in shown] == [2] * 6
+    assert shown[4].patches[1].get_xy() == (boxes[1, 1, 1] - 0.5, boxes[1, 1, 0] - 0.5)
+    bold = [axis.title.get_text() for axis in shown if axis.title.get_fontweight() == "bold"]
+    assert bold == ["A"]  # the one neighbour of the query's class
+    assert not figures.gallery(pixels, None, [["A"] * 3] * 2, "Nearest").axes[0].patches
+    places, columns = locality.grid(12, 12, 6, 2, 3)
+    maps = {"h": np.linspace(-1, 1, 3 * len(places)).reshape(3, -1, columns)}
+    axis = figures.similarity_maps(pixels[0], maps, [2, 4, 6, 6], 2).axes[4]  # row 2, image 2
+    left, right, bottom, top = axis.images[1].get_extent()
+    assert (left + right) / 2 == (bottom + top) / 2 == 5.5  # the centre of the image, in pixels from 0 to 11
+    assert (left + 1, right - 1) == (2.5, 8.5)  # the centres of the first patch and of the last
+    np.testing.assert_array_equal(axis.images[1].get_array(), maps["h"][1])
+    plt.close("all")
