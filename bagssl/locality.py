@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Generator, Tensor, nn
@@ -174,14 +175,15 @@ def position(features: Tensor, boxes: Tensor, seed: int = 0) -> Ratio:
     """R² of the patches' centres, decoded by ridge regression on half of the images, in the other half.
 
     features [K, N, dim]; boxes [K, N, 4]. Both coordinates count as in sklearn's r2_score by
-    "variance_weighted". The strength is chosen by leave-one-out on the training half.
+    "variance_weighted". The strength is chosen on training images other than those it is fitted to.
     """
     centres = (boxes[..., :2] + boxes[..., 2:] / 2).double()
     order = torch.randperm(features.shape[1], generator=Generator().manual_seed(seed))
     train, test = order.tensor_split(2)
-    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 5, 8)))
-    model.fit(features[:, train].flatten(0, 1).double().numpy(), centres[:, train].flatten(0, 1).numpy())
-    found = torch.from_numpy(model.predict(features[:, test].flatten(0, 1).double().numpy()))
+    x, x_test = (features[:, half].flatten(0, 1).double().numpy() for half in (train, test))
+    parts = GroupKFold(min(5, len(train))).split(x, groups=train.repeat(len(features)).numpy())
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 7, 9), cv=list(parts)))
+    found = torch.from_numpy(model.fit(x, centres[:, train].flatten(0, 1).numpy()).predict(x_test))
     wanted = centres[:, test]
     rest = (found.view_as(wanted) - wanted).square().sum(dim=2).mean(dim=0)
     total = (wanted - wanted.mean(dim=(0, 1))).square().sum(dim=2).mean(dim=0)
@@ -294,12 +296,16 @@ def sensitivity(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
     return Ratio(*moved)
 
 
-def grid(height: int, width: int, side: int, stride: int, n: int) -> tuple[Tensor, int]:
-    """Boxes [rows * columns, n, 4] at every `stride`-th place of n images, row by row; the columns."""
-    tops, lefts = (torch.arange(0, full - side + 1, stride) for full in (height, width))
-    corners = torch.cartesian_prod(tops, lefts)
-    boxes = torch.cat([corners, torch.full_like(corners, side)], dim=1)
-    return boxes[:, None].expand(-1, n, -1), len(lefts)
+def whitened(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [K, N, dim], less the mean of `before`, in axes along which `before` has the variance 1.
+
+    A cosine listens to the axes of largest variance; of two spaces the one that spreads its variance more evenly
+    then seems the more sensitive. Here every axis counts the same, as for a linear probe.
+    """
+    flat = before.flatten(0, 1).double()
+    variance, axes = torch.linalg.eigh(torch.cov(flat.T))
+    scaled = axes / variance.clamp(min=1e-6 * variance[-1]).sqrt()
+    return tuple((each.double() - flat.mean(dim=0)) @ scaled for each in (before, after))
 
 
 def measures(
@@ -309,8 +315,9 @@ def measures(
     """All of the above on `count` patches per image: {("h" or "z", level "patch" or "bag", name): measure}.
 
     Names: "position R2" (of patches alone), those of `neighbours`, each also with " by chance", and those of
-    `changes` with " sensitivity". A bag is the mean over the `count` patches; among neighbours, where each
-    needs another of its image, over each half of them. pixels, scale, size and **how as in `bags.embed_bags`.
+    `changes` with " sensitivity" and " sensitivity, whitened". A bag is the mean over the `count` patches; among
+    neighbours, where each needs another of its image, over each half of them. pixels, scale, size and **how as
+    in `bags.embed_bags`.
     """
     generator = Generator().manual_seed(seed)
     boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, generator)
@@ -326,8 +333,9 @@ def measures(
                 table |= {(feature, level, name): own, (feature, level, f"{name} by chance"): chance}
     for name, change in changes(pixels, inner, shifts, seed).items():
         for feature, after in features(encoder, projector, *change, size, **how).items():
-            pair = (before[feature], after)
-            table[feature, "patch", f"{name} sensitivity"] = sensitivity(*pair, seed)
-            bagged = (each.mean(dim=0, keepdim=True) for each in pair)
-            table[feature, "bag", f"{name} sensitivity"] = sensitivity(*bagged, seed)
+            plain = (before[feature], after)
+            for how_far, pair in (("sensitivity", plain), ("sensitivity, whitened", whitened(*plain))):
+                table[feature, "patch", f"{name} {how_far}"] = sensitivity(*pair, seed)
+                bagged = (each.mean(dim=0, keepdim=True) for each in pair)
+                table[feature, "bag", f"{name} {how_far}"] = sensitivity(*bagged, seed)
     return table

@@ -71,8 +71,7 @@ def test_another_image_is_never_the_same():
 
 def tiled(encoder: nn.Module) -> dict[int, Tensor]:
     pixels = noise(20)
-    boxes, columns = locality.grid(16, 16, 4, 4, 20)
-    assert columns == 4 and len(boxes) == 16
+    boxes = patches.grid_boxes(16, 16, 4, 4)[:, None].expand(-1, 20, -1)
     whole = bags.embed_bags(encoder, pixels, [0], scale=1, size=16)[0]
     return {0: whole, 16: bags.patch_embeddings(encoder, pixels, boxes, 4).mean(dim=0)}
 
@@ -306,14 +305,20 @@ def test_projections_are_those_of_the_embeddings():
     assert found["h"].shape == (4, 6, 3) and torch.allclose(found["z"], both, atol=1e-5)
 
 
-def test_the_grid_visits_every_position_row_by_row():
-    pixels = noise(2, 6)
-    boxes, columns = locality.grid(6, 6, 3, 1, 2)
-    every = bags.patch_embeddings(PIXEL, pixels, boxes, 3)
-    unfolded = nn.functional.unfold(pixels.float() / 255, 3).permute(2, 0, 1)
-    assert columns == 4 and torch.equal(every, unfolded)
-    sparse, columns = locality.grid(6, 6, 3, 2, 2)
-    assert columns == 2 and torch.equal(sparse[:, 0, :2], torch.tensor([[0, 0], [0, 2], [2, 0], [2, 2]]))
+def test_whitening_makes_spaces_equal_that_differ_in_their_axes_alone():
+    before, change = normal(8, 200, 6), normal(8, 200, 6, seed=1)
+    change[..., 0] = 0  # the first axis is kept, the others are not
+    mixed = normal(6, 6, seed=2) * torch.tensor([10.0, 1, 1, 1, 1, 1]).double()[:, None]
+
+    def found(*pair: Tensor) -> float:
+        return locality.estimate(locality.sensitivity(*pair)).value
+
+    spaces = [(before, before + change), (before @ mixed + 3, (before + change) @ mixed + 3)]
+    plain, white = ([found(*each(*pair)) for pair in spaces] for each in (lambda *x: x, locality.whitened))
+    assert white[0] == pytest.approx(white[1], rel=1e-6)
+    assert plain[1] < 0.7 * plain[0]  # the control: a cosine listens to the loud axis, which is kept
+    flat = locality.whitened(*spaces[1])[0].flatten(0, 1)
+    assert torch.allclose(torch.cov(flat.T), torch.eye(6).double(), atol=1e-9)
 
 
 def test_all_measures_of_a_colour_encoder_are_what_its_pictures_say():
@@ -343,8 +348,7 @@ def test_pictures_mark_the_patches_and_lay_the_maps_where_their_centres_are():
     bold = [axis.title.get_text() for axis in shown if axis.title.get_fontweight() == "bold"]
     assert bold == ["A"]  # the one neighbour of the query's class
     assert not figures.gallery(pixels, None, [["A"] * 3] * 2, "Nearest").axes[0].patches
-    places, columns = locality.grid(12, 12, 6, 2, 3)
-    maps = {"h": np.linspace(-1, 1, 3 * len(places)).reshape(3, -1, columns)}
+    maps = {"h": np.linspace(-1, 1, 3 * 4 * 4).reshape(3, 4, 4)}  # 6 px in 12 px, every 2 px
     axis = figures.similarity_maps(pixels[0], maps, [2, 4, 6, 6], 2).axes[4]  # row 2, image 2
     left, right, bottom, top = axis.images[1].get_extent()
     assert (left + right) / 2 == (bottom + top) / 2 == 5.5  # the centre of the image, in pixels from 0 to 11
