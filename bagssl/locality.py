@@ -299,8 +299,8 @@ def sensitivity(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
 def whitened(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Both [K, N, dim], less the mean of `before`, in axes along which `before` has the variance 1.
 
-    A cosine listens to the axes of largest variance; of two spaces the one that spreads its variance more evenly
-    then seems the more sensitive. Here every axis counts the same, as for a linear probe.
+    A cosine listens to the axes of largest variance, and a space that spreads its variance more evenly seems
+    the more sensitive. Here every axis counts the same, as it does for a linear probe.
     """
     flat = before.flatten(0, 1).double()
     variance, axes = torch.linalg.eigh(torch.cov(flat.T))
@@ -312,12 +312,11 @@ def measures(
     encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,
     count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0, **how,
 ) -> dict[tuple[str, str, str], Ratio]:
-    """All of the above on `count` patches per image: {("h" or "z", level "patch" or "bag", name): measure}.
+    """All of the above on `count` patches per image: {("h" or "z", "patch" or "bag", name): measure}.
 
     Names: "position R2" (of patches alone), those of `neighbours`, each also with " by chance", and those of
-    `changes` with " sensitivity" and " sensitivity, whitened". A bag is the mean over the `count` patches; among
-    neighbours, where each needs another of its image, over each half of them. pixels, scale, size and **how as
-    in `bags.embed_bags`.
+    `changes` with " sensitivity" and " sensitivity, whitened". A bag is the mean over the `count` patches; for
+    neighbours, where each needs another of its image, over each half of them. The rest as in `bags.embed_bags`.
     """
     generator = Generator().manual_seed(seed)
     boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, generator)

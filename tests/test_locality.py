@@ -296,6 +296,8 @@ def test_sensitivity_is_0_for_what_is_kept_and_1_for_what_is_lost():
     before, unrelated = normal(4, 200, 8), normal(4, 200, 8, seed=1)
     assert locality.estimate(locality.sensitivity(before, unrelated)).value == pytest.approx(1, abs=0.05)
     assert locality.estimate(locality.sensitivity(before, -before)).value == pytest.approx(2, abs=0.1)
+    moved = locality.sensitivity(before + 50, unrelated + 50)  # raw cosines would all be 1, and 0 over 0 anything
+    np.testing.assert_allclose(moved.over, locality.sensitivity(before, unrelated).over, atol=1e-9)
 
 
 def test_projections_are_those_of_the_embeddings():
