@@ -223,16 +223,20 @@ def fit(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[s
     return measures
 
 
-def fit_with_interval(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[str, tuple[float, float, float]]:
-    """`fit` of learned ratios [1 + groups, P, P] as from `learned_ratio`: measure -> value, low, high.
+def fits(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[str, Tensor]:
+    """`fit` of each of learned ratios [1 + groups, P, P] as from `learned_ratio`: measure -> float64 [1 + groups]."""
+    each = [fit(ratios, joint, ranks) for ratios in learned]
+    return {name: torch.tensor([found[name] for found in each], dtype=torch.float64) for name in each[0]}
 
-    The 95 % interval is the jackknife's over groups of test images: with n groups, the variance is (n - 1) / n times the sum of
-    the squared deviations of the values without one group from their mean; t quantile with n - 1 degrees of freedom.
+
+def jackknife(values: Tensor) -> tuple[float, float, float]:
+    """Value, low and high: the 95 % interval over test images of values [1 + groups], all and without each group.
+
+    With n groups the variance is (n - 1) / n times the sum of the squared deviations of the values without one group
+    from their mean (Efron and Stein 1981); t quantile with n - 1 degrees of freedom. Differences of values are values.
     """
-    whole, *without = (fit(each, joint, ranks) for each in learned)
-    n, found = len(without), {}
-    for name, value in whole.items():
-        values = torch.tensor([each[name] for each in without], dtype=torch.float64)
-        half = student_t.ppf(0.975, n - 1) * math.sqrt((n - 1) / n * float((values - values.mean()).square().sum()))
-        found[name] = (value, value - half, value + half)
-    return found
+    value, without = float(values[0]), values[1:]
+    n = len(without)
+    variance = (n - 1) / n * float((without - without.mean()).square().sum())
+    half = float(student_t.ppf(0.975, n - 1)) * math.sqrt(variance)
+    return value, value - half, value + half
