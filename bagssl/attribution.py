@@ -14,21 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bagssl.patches import native_size
 from bagssl.probes import RESAMPLES, Classifier
-
-
-def grid_boxes(n: int, height: int, width: int, scale: float, stride: int) -> Tensor:
-    """Square boxes of the share `scale` of the area, every `stride` pixels in each of n images.
-
-    The last row and column of boxes end at the image's border, whatever the stride. Returns int64 [patches, n, 4],
-    row by row.
-    """
-    side = native_size(scale, height, width)
-    tops, lefts = (torch.tensor([*range(0, full - side, stride), full - side]) for full in (height, width))
-    corners = torch.cartesian_prod(tops, lefts)
-    boxes = torch.cat([corners, torch.full_like(corners, side)], dim=1)
-    return boxes[:, None].expand(-1, n, -1).contiguous()
 
 
 def terms(classifier: Classifier, embeddings: Tensor) -> Tensor:

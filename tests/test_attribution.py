@@ -117,22 +117,10 @@ def test_maps_are_the_mean_over_the_boxes_on_a_pixel(count):
 
 
 def test_equal_patches_give_a_flat_map_at_the_logit():
-    boxes = attribution.grid_boxes(2, 8, 8, 0.25, 1)
+    boxes = patches.grid_boxes(8, 8, 4, 1)[:, None].expand(-1, 2, -1)
     logits = draw(1, 2, 3)
     maps = attribution.evidence_maps(logits.expand(len(boxes), -1, -1) / len(boxes), boxes, 8, 8)
     assert (maps - logits[0][:, :, None, None]).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize(("height", "width", "stride", "count"), [(8, 8, 1, 25), (8, 8, 3, 9), (8, 6, 5, 4), (4, 9, 1, 14)])
-def test_a_grid_covers_the_image_to_its_borders(height, width, stride, count):
-    boxes = attribution.grid_boxes(3, height, width, 0.25, stride)
-    side = patches.native_size(0.25, height, width)
-    assert boxes.shape == (count, 3, 4) and (boxes[..., 2:] == side).all()
-    assert len(boxes[:, 0].unique(dim=0)) == count and torch.equal(boxes[:, 0], boxes[:, 2])
-    assert boxes.amin((0, 1))[:2].tolist() == [0, 0]
-    assert (boxes[..., :2] + side).amax((0, 1)).tolist() == [height, width]
-    whole = attribution.grid_boxes(1, height, height, 1.0, stride)
-    assert whole.tolist() == [[[0, 0, height, height]]]
 
 
 # ---- deletion and insertion
