@@ -95,3 +95,16 @@ def part_shares(boxes: Tensor, parts: Tensor, cell: int, types: int) -> Tensor:
         overlaps.append((ends - torch.maximum(start[..., None], edges)).clamp_min(0).double() / length[..., None])
     share = torch.einsum("kni,knj->knij", *overlaps).flatten(2)
     return torch.einsum("knc,ncp->knp", share, F.one_hot(parts.flatten(1), types).double())
+
+
+def part_evidence(terms: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
+    """The evidence of each type of part for each class that best explains the patches, float64 [..., types, classes].
+
+    The logit of a patch alone in its bag, patches × term, is fitted by least squares with the sum over types of
+    share × evidence; shares as from `part_shares`. weights: float64 [..., images], how much each image counts, such
+    as the draws of a bootstrap.
+    """
+    gram = torch.einsum("knp,knq->npq", shares, shares)
+    cross = torch.einsum("knp,knc->npc", shares, len(terms) * terms)
+    both = (torch.einsum("...n,npq->...pq", weights, matrix) for matrix in (gram, cross))
+    return torch.linalg.solve(*both)

@@ -201,3 +201,21 @@ def test_shares_of_parts_are_counted_in_pixels():
         top, left, high, wide = boxes[k, n].tolist()
         seen = painted[n, top : top + high, left : left + wide].flatten().bincount(minlength=7)
         assert torch.allclose(shares[k, n], seen.double() / seen.sum())
+
+
+def test_the_evidence_of_parts_is_that_of_least_squares():
+    shares, terms = draw(5, 40, 7).softmax(2), draw(5, 40, 3)
+    ones = torch.ones(40, dtype=torch.float64)
+    expected = np.linalg.lstsq(shares.flatten(0, 1).numpy(), 5 * terms.flatten(0, 1).numpy())[0]
+    assert np.allclose(attribution.part_evidence(terms, shares, ones), expected)
+    truth = draw(7, 3)
+    assert torch.allclose(attribution.part_evidence(shares @ truth / 5, shares, ones), truth)
+    assert not torch.allclose(attribution.part_evidence(shares @ truth, shares, ones), truth)
+
+    # an image that counts twice is there twice, one that counts nothing is not there
+    weights = torch.ones(2, 40, dtype=torch.float64)
+    weights[1, :10], weights[1, 10:20] = 2, 0
+    found = attribution.part_evidence(terms, shares, weights)
+    rows = torch.tensor([*range(10), *range(10), *range(20, 40)])
+    assert torch.allclose(found[0], torch.from_numpy(expected))
+    assert torch.allclose(found[1], attribution.part_evidence(terms[:, rows], shares[:, rows], ones[rows]))
