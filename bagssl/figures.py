@@ -103,16 +103,18 @@ def comparison_table(frame: pd.DataFrame, feature: str = "h") -> pd.DataFrame:
 
 
 def _texts(table: pd.DataFrame) -> list[list[str]]:
-    """Header and rows as text; a missing number is a dash, other floats have two decimals at most."""
+    """Header and rows as text; a missing number is a dash, the floats of a column have the same decimals, at most two."""
     named = table.reset_index() if any(name is not None for name in table.index.names) else table
 
-    def text(value: Any) -> str:
-        if isinstance(value, float):
-            return DASH if np.isnan(value) else f"{value:.2f}".rstrip("0").rstrip(".")
-        return str(value)
+    def texts(values: tuple) -> list[str]:
+        floats = {index: round(value, 2) + 0.0 for index, value in enumerate(values)  # + 0.0: no minus zero
+                  if isinstance(value, float) and not np.isnan(value)}
+        places = max((len(f"{value:.2f}".rstrip("0").partition(".")[2]) for value in floats.values()), default=0)
+        return [f"{floats[index]:.{places}f}" if index in floats else DASH if isinstance(value, float) else str(value)
+                for index, value in enumerate(values)]
 
-    return [[str(name) for name in named.columns]] + [[text(value) for value in row]
-                                                      for row in named.astype(object).to_numpy().tolist()]
+    columns = map(texts, zip(*named.astype(object).to_numpy().tolist(), strict=True))
+    return [[str(name) for name in named.columns], *map(list, zip(*columns, strict=True))]
 
 
 def markdown(table: pd.DataFrame) -> str:

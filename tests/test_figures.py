@@ -80,6 +80,14 @@ def test_latex_and_markdown_escape():
     assert r"x\|y" in figures.markdown(table)
 
 
+def test_floats_of_a_column_have_the_same_decimals():
+    table = pd.DataFrame({"a": [36.0, -33.52, np.nan], "b": [1.0, 2.0, 3.0], "c": ["x", 0.5, -0.001], "d": [1, 2, 3]})
+    lines = figures.markdown(table).splitlines()
+    assert [[word.strip() for word in line.split("|")[1:-1]] for line in lines[2:]] == [
+        ["36.00", "1", "x", "1"], ["-33.52", "2", "0.5", "2"], ["–", "3", "0.0", "3"]]
+    assert figures.markdown(table.iloc[:0]).count("\n") == 2
+
+
 def test_the_paper_has_one_verified_value_with_its_source():
     values = figures.paper_values()
     assert list(values.columns) == ["artefact", "dataset", "setting", "metric", "value", "source"]
