@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bagssl.probes import RESAMPLES, Classifier
+from bagssl.probes import Classifier, resamples
 
 
 def terms(classifier: Classifier, embeddings: Tensor) -> Tensor:
@@ -76,9 +76,7 @@ def deletion(terms: Tensor, order: Tensor, nothing: Tensor) -> Tensor:
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over images of values [..., images], and its 95 % bootstrap interval: three arrays [...]."""
-    images = values.shape[-1]
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-    low, high = np.percentile(values @ draws.T, (2.5, 97.5), axis=-1)
+    low, high = np.percentile(values @ resamples(values.shape[-1], seed).T, (2.5, 97.5), axis=-1)
     return values.mean(-1), low, high
 
 

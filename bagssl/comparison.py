@@ -18,7 +18,7 @@ from bagssl.errors import InputError
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.paths import results_root
 from bagssl.pretraining import PretrainConfig, pretrain
-from bagssl.probes import RESAMPLES, paired_interval
+from bagssl.probes import paired_interval, resamples
 from bagssl.runs import Run
 
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
@@ -153,8 +153,7 @@ def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images
         return np.mean([unpack_correct(packed, images) for packed in rows["correct"]], axis=0)
 
     better = np.stack([right(a) - right(b) for a, b in pairs])  # [pairs, images]
-    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-    low, high = np.percentile(100 * np.median(weights @ better.T, axis=1), (2.5, 97.5))
+    low, high = np.percentile(100 * np.median(resamples(images, seed) @ better.T, axis=1), (2.5, 97.5))
     return {"points": 100 * float(np.median(better.mean(axis=1))), "low": float(low), "high": float(high)}
 
 

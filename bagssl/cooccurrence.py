@@ -206,7 +206,8 @@ def fit(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[s
     """How well learned ratios [P, P] are the true ones: correlation, R2, and an angle in degrees for each rank.
 
     Over all P x P pairs of parts, the diagonal as well, weighted by p(x1) p(x2), the measure of L_C. R2 = 1 - squared
-    error / variance of the true ratio, with nothing fitted, so that it can be below 0. "angle k" is the largest principal angle between the k first eigenvectors of the learned and of the true ratios in
+    error / variance of the true ratio, with nothing fitted, so that it can be below 0. "angle k" is the largest
+    principal angle between the k first eigenvectors of the learned and of the true ratios in
     the metric weighted by sqrt p: 0 is the same subspace, 90 means that a direction is missing altogether.
     """
     p = marginal(joint)

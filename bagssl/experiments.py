@@ -647,9 +647,9 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
     if any(cell.execution_count is None or _has_error(cell) for cell in code):  # papermill passes SystemExit
         return {"ename": "SystemExit", "evalue": "the notebook ended before its last cell"}
     normalise_notebook(target)
-    from nbconvert import HTMLExporter
+    from bagssl.report import notebook_page
 
-    target.with_suffix(".html").write_text(HTMLExporter().from_filename(str(target))[0], encoding="utf-8")
+    target.with_suffix(".html").write_text(notebook_page(target), encoding="utf-8")
     return {}
 
 

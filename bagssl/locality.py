@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +27,8 @@ from torch import Generator, Tensor, nn
 
 from bagssl import bags, patches
 from bagssl.errors import InputError
+from bagssl.probes import resamples
 
-RESAMPLES = 1000
 BLOCK = 2**23  # similarities looked at at a time
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}  # PretrainConfig's defaults
 
@@ -69,16 +68,10 @@ def estimate(measure: Ratio, minus: Ratio | None = None, seed: int = 0) -> Estim
 
 def _bootstrap(columns: np.ndarray, statistic: Callable, seed: int) -> list[Estimate]:
     """Estimates of what `statistic` makes of means over images: [means, columns] -> [means, values]."""
-    means = np.vstack([columns.mean(axis=0), _resamples(len(columns), seed) @ columns])
+    means = np.vstack([columns.mean(axis=0), resamples(len(columns), seed) @ columns])
     values = np.asarray(statistic(means)).reshape(len(means), -1)
     low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
     return [Estimate(*map(float, each)) for each in zip(values[0], low, high, strict=True)]
-
-
-@lru_cache(maxsize=8)
-def _resamples(images: int, seed: int) -> np.ndarray:
-    """Weights of the images in each resample: counts drawn from a multinomial, over their sum."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
 
 
 def features(encoder: nn.Module, projector: nn.Module, pixels: Tensor, boxes: Tensor, size: int,

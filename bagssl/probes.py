@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -159,6 +160,12 @@ def difference(a: Accuracy, b: Accuracy, seed: int = 0) -> tuple[float, float, f
         )
     better = a.correct.numpy().astype(int) - b.correct.numpy().astype(int)
     return 100 * float(better.mean()), *paired_interval(better, seed)
+
+
+@lru_cache(maxsize=8)
+def resamples(images: int, seed: int = 0) -> np.ndarray:
+    """A bootstrap over images as weights [RESAMPLES, images]: counts drawn from the multinomial, over their sum."""
+    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
 
 
 def paired_interval(difference: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import latex2mathml.converter
 import mistune
 import pandas as pd
+from nbconvert import HTMLExporter
 from PIL import Image
 
 from bagssl import claims, figures
@@ -158,7 +160,41 @@ def _table(path: Path, dataset: str, artefact: str) -> dict[str, Any]:
     return {"html": _html(source), "rows": source.count("\n") - 2, "paper": _html(beside), "known": known}
 
 
-# ---- what the executed notebook says
+# ---- the executed notebook, as a page and by what it says
+
+
+def mathml(formula: str, display: str = "inline") -> str:
+    """A LaTeX formula as MathML, which a browser sets without a script; one that cannot be read stays as it is."""
+    formula = formula.replace("<", r"\lt ").replace(">", r"\gt ")  # the converter passes tags on
+    try:
+        return latex2mathml.converter.convert(formula, display=display)
+    except Exception:  # noqa: BLE001 - whatever a typing error makes it stumble over
+        return f"<code>{mistune.escape(formula)}</code>"
+
+
+class _Page(HTMLExporter):
+    """nbconvert's page of a notebook, without the scripts that it loads: it reads the same without a network."""
+
+    @jinja2.pass_context
+    def markdown2html(self, context, source: str) -> str:
+        formulas: list[str] = []
+
+        def keep(match: re.Match) -> str:
+            block = match["block"]
+            formulas.append(mathml(block or match["inline"], "block" if block else "inline"))
+            return f"formula{len(formulas) - 1}elsewhere"
+
+        kept = re.sub(r"\$\$(?P<block>.+?)\$\$|(?<![\\`])\$(?P<inline>[^$`\n]+)\$", keep, source, flags=re.DOTALL)
+        html = super().markdown2html(context, kept)
+        return re.sub(r"formula(\d+)elsewhere", lambda match: formulas[int(match[1])], html)
+
+
+def notebook_page(path: Path) -> str:
+    """The HTML of an executed notebook."""
+    here = Path(__file__).parent
+    return _Page(extra_template_basedirs=[str(here)], template_file=str(here / "notebook.html.j2")).from_filename(str(path))[0]
+
+
 
 
 def _story(notebook: Path) -> dict[str, Any]:
@@ -204,14 +240,11 @@ class _Words(mistune.HTMLRenderer):
     def image(self, text: str, url: str, title: str | None = None) -> str:
         return text
 
-
     def inline_math(self, text: str) -> str:
-        """The formula as letters: this page has no typesetter."""
-        text = mistune.escape(re.sub(r"\\(mathbb|mathrm|mathbf|text)\b|\\[,;! ]", " ", text).replace(r"\top", "ᵀ"))
-        for mark, tag in (("_", "sub"), (r"\^", "sup")):
-            text = re.sub(mark + r"(\w|\{[^{}]*\})", rf"<{tag}>\1</{tag}>", text)
-        text = re.sub(r"[{}\\]", "", text)
-        return f"<i>{text}</i>"
+        return mathml(text)
+
+    def block_math(self, text: str) -> str:
+        return f"<p>{mathml(text, display='block')}</p>"
 
 
 _html = mistune.create_markdown(renderer=_Words(escape=True), plugins=["table", "math"])

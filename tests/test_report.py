@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
+import nbformat
 import pandas as pd
 import pytest
 from PIL import Image
@@ -219,3 +220,21 @@ def test_reproduce_refreshes_the_page_when_a_stage_is_fresh(error, tmp_path, mon
     assert experiments.reproduce(notebooks=tmp_path, results=results) == (1 if error else 0)
     assert (results / "index.html").exists() != bool(error)
     assert ("index.html" in capsys.readouterr().out) != bool(error)
+
+
+def test_formulas_are_mathml_and_never_markup():
+    assert "<msubsup>" in report.mathml(r"z_1^\top") and 'display="block"' in report.mathml("x", "block")
+    for formula in (r"\text{<script>alert(1)</script>}", "<script>alert(1)</script>", r"\frac{<img src=x>"):
+        assert not {tag for tag, _ in Page(report.mathml(formula)).tags} & {"script", "img"}
+    assert report._html("For $x<y$:\n\n$$\n\\frac{a}{b}\n$$\n").count("<math") == 2
+
+
+def test_the_page_of_a_notebook_loads_nothing_and_sets_its_formulas(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("# Title\n\nWith $z_1$, `$not_this$`, and\n\n$$\n\\frac{a}{b}\n$$\n"),
+             nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", {"text/markdown": "$x*y*z$"})])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    page = Page(report.notebook_page(tmp_path / "a.ipynb"))
+    assert not [tag for tag, _ in page.tags if tag == "script"]
+    assert not [found for _, found in page.tags if {"src", "href"} & set(found) and "https:" in str(found)]
+    assert [tag for tag, _ in page.tags].count("math") == 3 and "<mfrac>" in report.notebook_page(tmp_path / "a.ipynb")
+    assert "$not_this$" in page.text and "elsewhere" not in page.text
