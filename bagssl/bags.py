@@ -111,7 +111,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
         children = list(parent.named_children())
         for (name, conv), (other, norm) in itertools.pairwise(children):
             pair = isinstance(parent, nn.Sequential) or name.startswith("conv") and other == "bn" + name[4:]
-            if pair and type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
+            if pair and isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
                 setattr(parent, name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, other, nn.Identity())
     return module

@@ -35,6 +35,8 @@ class Encoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if type(module) is nn.Conv2d and module.kernel_size == (3, 3):
+                module.__class__ = _Conv3x3
 
     def forward(self, patches: Tensor) -> Tensor:
         # fixed constants, not a dataset's mean and deviation: an encoder then takes any picture as it is
@@ -42,7 +44,28 @@ class Encoder(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return x.mean(dim=(2, 3))
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)  # several times faster than over (2, 3), channels last
+
+
+class _Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1 that is a matrix product on maps of 2x2 pixels and less.
+
+    There every input pixel meets every output pixel in one of the nine taps, or in none: the product does 16 of the 36
+    multiplications that a convolution does with its padding (1 of 9 on a single pixel), at the speed of a product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        if max(height, width) > 2:
+            return super().forward(x)
+        rows, columns = ((side - 1) // step + 1 for side, step in zip((height, width), self.stride, strict=True))
+        taps = self.weight.permute(2, 3, 1, 0)
+        # [out column, out row, row, column, in, out]: an output pixel k meets the input pixel i in the tap i - k + 1
+        taps = torch.stack([taps[1 - k : 1 - k + height] for k in range(rows)])
+        taps = torch.stack([taps[:, :, 1 - k : 1 - k + width] for k in range(columns)])
+        matrix = taps.permute(2, 3, 4, 1, 0, 5).reshape(height * width * self.in_channels, -1)
+        y = (x.permute(0, 2, 3, 1).reshape(n, -1) @ matrix).view(n, rows, columns, -1)
+        return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
 
 
 def _stage(inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import resnet18, resnet34
 
-from bagssl.encoders import build_encoder, build_projector
+from bagssl.encoders import _Conv3x3, build_encoder, build_projector
 from bagssl.errors import InputError
 from bagssl.objectives import OBJECTIVES
 
@@ -59,3 +60,22 @@ def test_projectors(objective):
 def test_wrong_names_are_refused(name, width):
     with pytest.raises(InputError):
         build_encoder(name, width)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 4)])
+def test_small_maps_are_convolved_exactly(side, stride):
+    conv = _Conv3x3(5, 7, 3, stride=stride, padding=1).double()
+    x = torch.randn(4, 5, *side, dtype=torch.double).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours, theirs = conv(x), F.conv2d(x, conv.weight, conv.bias, stride, 1)
+    torch.testing.assert_close(ours, theirs)
+    gradient = torch.randn_like(theirs)
+    inputs = [x, conv.weight, conv.bias]
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs, gradient), torch.autograd.grad(theirs, inputs, gradient))
+    assert not torch.allclose(ours, F.conv2d(x, conv.weight.roll(1, 2), conv.bias, stride, 1))
+
+
+def test_every_3x3_convolution_of_the_encoder_takes_the_short_cut():
+    encoder = build_encoder("resnet18", 8)
+    kinds = {type(module) for module in encoder.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)}
+    assert kinds == {_Conv3x3}

@@ -51,9 +51,10 @@ def test_every_objective_trains_on_three_views(images, tmp_path, objective, trai
 @pytest.mark.parametrize("optimiser", ["sgd", "lars", "adamw"])
 def test_the_loss_falls(images, tmp_path, optimiser):
     rate = {"sgd": 0.03, "lars": 0.3, "adamw": 4e-3}[optimiser]
-    run = train(images, tmp_path, optimiser=optimiser, learning_rate=rate, epochs=12, objective="simclr")
+    run = train(images, tmp_path, optimiser=optimiser, learning_rate=rate, epochs=40, objective="simclr")
     losses = [row["loss"] for row in run.history]
-    assert sum(losses[-5:]) < sum(losses[:5])
+    quarter = len(losses) // 4  # of the run: single steps differ more than the loss falls
+    assert sum(losses[-quarter:]) < sum(losses[:quarter])
 
 
 def test_a_finished_run_is_reused_and_its_key_has_no_hardware_in_it(images, tmp_path):
