@@ -145,6 +145,13 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    from bagssl.bench import bench
+
+    print(os.path.relpath(bench(arguments.row, arguments.dataset, arguments.quick)))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     text = "Regenerates the tables and figures of arXiv 2206.08954."
     codes = "Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by the time limit, 130 by Ctrl-C."
@@ -187,6 +194,11 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", help="a whole number")
     made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
     made.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+
+    made = command("bench", bench, "Measure speed as ratios, side by side, into results/bench/.")
+    made.add_argument("row", nargs="*", help="some of the measurements; none: all, in about half an hour")
+    made.add_argument("--dataset", help="real images to use; by default cifar10 where it is at hand")
+    made.add_argument("--quick", action="store_true", help="show that everything runs; nothing is kept")
 
     made = command("notebooks", notebooks, "Execute notebooks/ with their defaults, in place.")
     made.add_argument("notebook", nargs="*", help="file names; none means all")

@@ -1,0 +1,545 @@
+"""`bagssl bench`: what is fast and what is not, as ratios measured side by side in one run.
+
+The things compared take turns, round by round, so that whatever else the machine is doing falls on both. A ratio is the
+median over rounds, with the lowest and the highest beside it; rates are medians too. Nothing here is a test: a
+machine that is shared or hot shows other figures, and says so by its spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bagssl import bags, data, figures, objectives, patches, pretraining, probes, runs
+from bagssl.encoders import build_encoder, build_projector
+from bagssl.errors import InputError
+from bagssl.paths import results_root
+from bagssl.pretraining import PretrainConfig
+
+Work = Callable[[], int]  # does a piece of work; how many units it was
+ROUNDS = 5
+
+# What a machine is asked to do. crops: of a training run; product: side of the matrices; images: that are embedded;
+# seconds: of a round; judged: training and test images of kNN; coding rate: V, B, D.
+CPU = {"encoder": "resnet10", "width": 16, "crops": {16: 51200, 32: 15360}, "batch": 128, "product": 2048,
+       "images": 64, "seconds": 1.0, "judged": (10_000, 2_000), "coding rate": (20, 100, 1024)}  # fmt: skip
+CUDA = {"encoder": "resnet18", "width": 64, "crops": {32: 409600}, "batch": 512, "product": 8192,
+        "images": 2048, "seconds": 1.0, "judged": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
+QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "images": 8, "seconds": 0.02, "judged": (500, 100),
+         "coding rate": (2, 10, 64)}  # fmt: skip
+
+
+def race(works: Mapping[str, Work], seconds: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Units per second of each work in each round: one call to warm up, then calls for `seconds` at least, in turns."""
+    for work in works.values():
+        work()
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            _synchronise()
+            begun, units = time.perf_counter(), 0
+            while (elapsed := time.perf_counter() - begun) < seconds or not units:
+                units += work()
+                _synchronise()
+            rates[name].append(units / elapsed)
+    return rates
+
+
+def compared(measure: str, rates: Mapping[str, Sequence[float]], unit: str, aim: float | None = None,
+             **more: Any) -> dict[str, Any]:
+    """A row: the first of two rates over the second."""
+    (ours, first), (theirs, second) = rates.items()
+    ratios = np.divide(first, second)
+    return {"measure": measure, "ours": ours, "theirs": theirs, "unit": unit, "rate": float(np.median(first)),
+            "their rate": float(np.median(second)), "ratio": float(np.median(ratios)), "low": float(ratios.min()),
+            "high": float(ratios.max()), "rounds": len(ratios), "aim": aim, **more}  # fmt: skip
+
+
+class Machine:
+    """The device, the real images at hand, and the sizes that suit it."""
+
+    def __init__(self, dataset: str | None = None, quick: bool = False):
+        self.device = torch.device(pretraining.pick_device("auto"))
+        self.dtype = pretraining.pick_precision("auto", self.device)
+        self.size = {**(CUDA if self.device.type == "cuda" else CPU), **(QUICK if quick else {})}
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        known = [row["name"] for row in data.status() if row["state"] == "ready"]
+        self.dataset = dataset or ("cifar10" if "cifar10" in known else "synthetic")
+        self.train, self.test = (data.load(self.dataset, split) for split in ("train", "test"))
+
+    def config(self, size: int, **settings: Any) -> PretrainConfig:
+        """The encoder of the bench, trained as lightly's SimCLR is: two multi-scale crops of each image."""
+        recipe = {"objective": "simclr", "training": "multi-scale", "size": size, "views": 2,
+                  "encoder": self.size["encoder"], "width": self.size["width"], "batch_size": self.size["batch"],
+                  "projector_hidden": 256, "projector_dim": 128, "dataset": self.dataset}  # fmt: skip
+        return PretrainConfig.from_dict({**recipe, **settings})
+
+    def race(self, works: Mapping[str, Work]) -> dict[str, list[float]]:
+        return race(works, self.size["seconds"])
+
+
+# ---- 1. augmentation
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """PIL pictures, each given to `transform`, as peers' pipelines read a dataset."""
+
+    def __init__(self, images: data.Images, transform: Callable):
+        from torchvision.transforms.functional import to_pil_image
+
+        self.pictures, self.transform = [to_pil_image(picture) for picture in images.pixels], transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(self.pictures[index])
+
+
+def _torchvision(a: patches.Augmentation) -> Callable:
+    from torchvision import transforms as T
+
+    jitter = T.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)
+    return T.Compose([T.RandomResizedCrop(a.size, a.scale, a.ratio), T.RandomHorizontalFlip(a.flip),
+                      T.RandomApply([jitter], a.jitter), T.RandomGrayscale(a.grey), T.ToTensor()])  # fmt: skip
+
+
+def _lightly(config: PretrainConfig) -> Callable:
+    """lightly's SimCLR transform with the strengths of `config`, without blur and without a dataset's mean."""
+    from lightly.transforms import SimCLRTransform
+
+    strengths = {"cj_bright": config.brightness, "cj_contrast": config.contrast, "cj_sat": config.saturation}
+    return SimCLRTransform(input_size=config.size, cj_prob=config.jitter, cj_hue=config.hue, **strengths,
+                           min_scale=config.min_scale, random_gray_scale=config.grey, gaussian_blur=0.0,
+                           hf_prob=config.flip, normalize=None)  # fmt: skip
+
+
+def _loader(machine: Machine, pictures: _Pictures, batch: int, workers: int) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(pictures, batch, shuffle=True, drop_last=True, num_workers=workers,
+                                       persistent_workers=workers > 0, pin_memory=machine.device.type == "cuda")
+
+
+def _peer(machine: Machine, images: data.Images, transform: Callable, views: int) -> tuple[str, Work]:
+    """A pass over the images by the worker count that is fastest here."""
+    pictures, best = _Pictures(images, transform), ("", 0.0, lambda: 0)
+    for workers in sorted({0, 1, machine.cores}):
+        loader = _loader(machine, pictures, 64, workers)
+
+        def work(loader=loader) -> int:
+            for views_of_batch in loader:
+                last = views_of_batch
+            return views * len(loader) * 64 if last is not None else 0
+
+        rate = race({"": work}, 0.0, 2)[""][-1]
+        best = max(best, (f"{workers} workers", rate, work), key=lambda each: each[1])
+    return best[0], best[2]
+
+
+def augmentation(machine: Machine) -> Iterator[dict]:
+    """Crops per second of the whole machine, ours against torchvision's and lightly's per-image pipelines on PIL."""
+    images = machine.train.take(torch.arange(min(len(machine.train), 16 * machine.size["images"])))
+    pixels, generator = images.pixels.to(machine.device), torch.Generator(machine.device)
+    colour = {name: getattr(PretrainConfig(), name) for name in
+              ("flip", "brightness", "contrast", "saturation", "hue", "jitter", "grey")}  # fmt: skip
+    for size, aim in ((16, 10), (32, 4)):
+        a = patches.Augmentation((0.25, 0.25), (1, 1), size, **colour)
+
+        def ours(a=a) -> int:
+            return patches.augment(pixels, 2, a, generator)[:, :, 0, 0, 0].numel()
+
+        name, theirs = _peer(machine, images, _torchvision(a), 1)
+        rates = machine.race({"bagssl": ours, f"torchvision, {name}": theirs})
+        yield compared(f"augmentation, patches of {size} px", rates, "crops/s", aim)
+        config = machine.config(size)
+
+        def multi(config=config) -> int:
+            return patches.augment(pixels, 2, config.augmentation(), generator)[:, :, 0, 0, 0].numel()
+
+        name, theirs = _peer(machine, images, _lightly(config), 2)
+        rates = machine.race({"bagssl": multi, f"lightly's SimCLRTransform, {name}": theirs})
+        yield compared(f"augmentation, multi-scale crops of {size} px", rates, "crops/s")
+
+
+# ---- 2. the training step
+
+
+def _stock(encoder: nn.Module) -> nn.Module:
+    """The same network of torchvision's own layers, without our short cuts."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
+    return encoder
+
+
+def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, steps: int) -> nn.Module:
+    """SimCLR as lightly's examples have it, on our encoder and schedule: the trained encoder."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+
+    encoder = _stock(build_encoder(config.encoder, config.width, config.seed)).to(machine.device)
+    torch.manual_seed(config.seed)
+    head = SimCLRProjectionHead(encoder.dim, config.projector_hidden, config.projector_dim).to(machine.device)
+    criterion = NTXentLoss(temperature=0.5)
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=config.weight_decay)
+    loader, step = _loader(machine, pictures, config.batch_size, machine.cores), 0
+    while step < steps:
+        for views in loader:
+            for group in optimiser.param_groups:
+                group["lr"] = pretraining.learning_rate_at(step, steps, config)
+            with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
+                z = [head(encoder(view.to(machine.device, non_blocking=True))) for view in views]
+            loss = criterion(*(each.float() for each in z))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            step += 1
+            if step == steps:
+                break
+    return encoder
+
+
+def _accuracy(machine: Machine, encoder: nn.Module, size: int) -> float:
+    """kNN accuracy in per cent of the centre crops of some of the test images."""
+    train, test = (images.take(torch.arange(min(len(images), count)))
+                   for images, count in zip((machine.train, machine.test), machine.size["judged"], strict=True))
+    h = [bags.embed_bags(encoder, images.pixels, [0], scale=1.0, size=size, device=machine.device)[0]
+         for images in (train, test)]  # fmt: skip
+    return probes.knn(h[0], train.labels, h[1], test.labels).value
+
+
+def training(machine: Machine) -> Iterator[dict]:
+    """Whole runs of as many crops, ours against lightly's pipeline, from the images to the last step; then kNN."""
+    aims = {16: 2.0, 32: 1.3} if machine.device.type == "cpu" else {32: 2.5}
+    for size, crops in machine.size["crops"].items():
+        rates: dict[str, list[float]] = {"bagssl": [], f"lightly, {machine.cores} workers": []}
+        accuracies: list[list[float]] = [[], []]
+        pictures = _Pictures(machine.train, _lightly(machine.config(size)))
+        for seed in range(ROUNDS + 1):  # the first warms up
+            config = machine.config(size, seed=seed)
+            steps = max(1, crops // (config.views * config.batch_size)) if seed else 2
+            config = replace(config, epochs=steps / (len(machine.train) // config.batch_size))
+
+            def ours(config=config) -> nn.Module:
+                with tempfile.TemporaryDirectory() as folder:
+                    run = pretraining.pretrain(config, machine.train, Path(folder), progress=False)
+                    return pretraining.load_encoder(run, machine.device)
+
+            def theirs(config=config, steps=steps, pictures=pictures) -> nn.Module:
+                return _lightly_run(machine, config, pictures, steps)
+
+            for index, (name, train) in enumerate(zip(rates, (ours, theirs), strict=True)):
+                _synchronise()
+                begun = time.perf_counter()
+                encoder = train()
+                _synchronise()
+                if seed:
+                    rates[name].append(steps * config.views * config.batch_size / (time.perf_counter() - begun))
+                    accuracies[index].append(_accuracy(machine, encoder, size))
+        difference = np.subtract(*accuracies)
+        yield compared(f"training, {machine.size['encoder']} at {size} px", rates, "crops/s", aims.get(size),
+                       **{"kNN": float(np.mean(accuracies[0])), "their kNN": float(np.mean(accuracies[1])),
+                          "kNN difference": float(difference.mean()),
+                          "standard error": float(difference.std(ddof=1) / len(difference) ** 0.5)})  # fmt: skip
+
+
+# ---- 3. and 4. the share of the machine, and what fresh crops cost
+
+
+def _flops(config: PretrainConfig, *, backward: bool) -> float:
+    """Floating-point operations per crop of the encoder, and of the projector where it is trained."""
+    encoder = build_encoder(config.encoder, config.width)
+    projector = build_projector(config.objective, encoder.dim, config.projector_hidden, config.projector_dim)
+    crops = torch.rand(2, 3, config.size, config.size)
+    with FlopCounterMode(display=False) as counter:
+        if backward:
+            projector(encoder(crops)).sum().backward()
+        else:
+            encoder(crops)
+    return counter.get_total_flops() / len(crops)
+
+
+def _product(machine: Machine) -> Work:
+    """A product of two square matrices, in floating-point operations."""
+    n = machine.size["product"]
+    a, b = (torch.rand(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
+
+    def work() -> int:
+        torch.mm(a, b)
+        return 2 * n**3
+
+    return work
+
+
+def _steps(machine: Machine, config: PretrainConfig, count: int) -> Work:
+    """A run of `count` steps, a new seed each time; crops."""
+    seeds = iter(range(10**9))
+    epochs = count / (len(machine.train) // config.batch_size)
+
+    def work() -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            mine = replace(config, seed=next(seeds), epochs=epochs)
+            pretraining.pretrain(mine, machine.train, Path(folder), progress=False)
+        return count * config.views * config.batch_size
+
+    return work
+
+
+def utilisation(machine: Machine) -> Iterator[dict]:
+    """The share of the machine's own rate of matrix products that training and embedding reach; fresh crops' cost."""
+    for size in machine.size["crops"]:
+        yield from _shares(machine, machine.config(size))
+        yield _fresh(machine, machine.config(size))
+
+
+def _shares(machine: Machine, config: PretrainConfig) -> Iterator[dict]:
+    kind, encoder = str(machine.dtype).removeprefix("torch."), build_encoder(config.encoder, config.width)
+    pixels, work = machine.train.pixels[: machine.size["images"]], {f"{kind} product": _product(machine)}
+    step, embed = _steps(machine, config, _count(machine, config)), _embed(machine, encoder, pixels, 16, config.size)
+    per_step, per_crop = _flops(config, backward=True), _flops(config, backward=False)
+    work |= {"training": lambda: int(step() * per_step), "embedding": lambda: int(embed() * per_crop)}
+    rates = machine.race(work)
+    (kind, by), *ours = rates.items()
+    aims = (0.30, 0.40) if machine.device.type == "cuda" else (None, None)
+    for (name, mine), aim in zip(ours, aims, strict=True):
+        measure = f"{name}, {config.encoder} at {config.size} px: share of the {kind} rate"
+        yield compared(measure, {name: mine, kind: by}, "FLOP/s", aim)
+
+
+def _fresh(machine: Machine, config: PretrainConfig) -> dict:
+    kept: dict[tuple, Tensor] = {}
+
+    def cached(batch: Tensor, views: int, a: patches.Augmentation, generator: torch.Generator) -> Tensor:
+        if len(batch) not in kept:
+            kept[len(batch)] = patches.augment(batch, views, a, generator)
+        return kept[len(batch)]
+
+    fresh = _steps(machine, config, _count(machine, config))
+
+    def stale() -> int:
+        with mock.patch.object(pretraining, "augment", cached):
+            return fresh()
+
+    rates = machine.race({"fresh crops": fresh, "the same crops again": stale})
+    aim = 0.95 if machine.device.type == "cuda" else None
+    return compared(f"training at {config.size} px, fresh crops for each step", rates, "crops/s", aim)
+
+
+def _count(machine: Machine, config: PretrainConfig) -> int:
+    """Steps of a run that is short, but long against its beginning and end."""
+    return max(2, machine.size["crops"][config.size] // (10 * config.views * config.batch_size))
+
+
+# ---- 5. aggregation
+
+
+def _embed(machine: Machine, encoder: nn.Module, pixels: Tensor, k: int, size: int) -> Work:
+    ks = sorted({1, 4, 16, 64, k} & set(range(k + 1)))
+
+    def work() -> int:
+        bags.embed_bags(encoder, pixels, ks, scale=0.25, size=size, device=machine.device)
+        return k * len(pixels)
+
+    return work
+
+
+def aggregation(machine: Machine) -> Iterator[dict]:
+    """Bags of K = 1, 4, 16, 64, 256, against a pass for each K over crops that are cut one image at a time."""
+    from torchvision.transforms import functional as F
+
+    ks, size = (1, 4, 16, 64, 256), min(machine.size["crops"])
+    pixels = machine.train.pixels[: machine.size["images"]]
+    encoder = build_encoder(machine.size["encoder"], machine.size["width"]).to(machine.device).eval()
+    stock = _stock(copy.deepcopy(encoder))
+    side = patches.native_size(0.25, *pixels.shape[2:])
+
+    @torch.inference_mode()
+    def plain() -> int:
+        room = [length - side + 1 for length in pixels.shape[2:]]
+        for k in ks:
+            for picture in pixels.to(machine.device):
+                corners = [[int(torch.randint(free, ())) for free in room] for _ in range(k)]
+                crops = [F.resized_crop(picture, *corner, side, side, [size, size], antialias=True) for corner in corners]
+                with torch.autocast("cuda", torch.bfloat16, enabled=machine.device.type == "cuda"):
+                    stock(torch.stack(crops).float() / 255).float().mean(0).cpu()
+        return ks[-1] * len(pixels)
+
+    rates = machine.race({"bagssl": _embed(machine, encoder, pixels, ks[-1], size), "a pass for each K": plain})
+    yield compared(f"bags up to K = {ks[-1]} at {size} px", rates, "crops/s", 1.3)
+
+
+# ---- 6. the coding rate
+
+
+def coding_rate(machine: Machine) -> Iterator[dict]:
+    """TCR forward and backward, against log det of the D x D matrix view by view."""
+    views, batch, dim = machine.size["coding rate"]
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(views, batch, dim, generator=generator).to(machine.device).requires_grad_()
+
+    def rate(z: Tensor, epsilon2: float) -> Tensor:
+        eye = torch.eye(dim, device=z.device)
+        return torch.stack([torch.logdet(eye + each.T @ each * (dim / (batch * epsilon2))) / 2 for each in z])
+
+    def work(how) -> int:
+        z.grad = None
+        with mock.patch.object(objectives, "coding_rate", how):
+            objectives.tcr(z)["loss"].backward()
+        return 1
+
+    smaller = objectives.coding_rate
+    rates = machine.race({"the smaller side, all views": lambda: work(smaller), "D x D, view by view": lambda: work(rate)})
+    yield compared(f"TCR, B = {batch}, D = {dim}, V = {views}", rates, "losses/s", 20)
+
+
+# ---- 7. growth
+
+
+def _exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def growth(machine: Machine) -> Iterator[dict]:
+    """Time as the work grows, with the exponent of a power law through it."""
+    size, images = min(machine.size["crops"]), machine.size["images"]
+    config = machine.config(size)
+    encoder = build_encoder(config.encoder, config.width)
+
+    def tcr(views: int, dim: int) -> Work:
+        z = torch.randn(views, 100, dim, device=machine.device).requires_grad_()
+
+        def work() -> int:
+            objectives.tcr(z)["loss"].backward()
+            return 1
+
+        return work
+
+    cases: dict[str, dict[int, Work]] = {
+        "training, steps": {n: _steps(machine, config, n) for n in (16, 32, 64)},
+        "training, views": {v: _steps(machine, replace(config, views=v), 8) for v in (2, 4, 8)},
+        "embedding, images": {n: _embed(machine, encoder, machine.train.pixels[:n], 16, size)
+                              for n in (images, 2 * images, 4 * images)},
+        "embedding, K": {k: _embed(machine, encoder, machine.train.pixels[:images], k, size) for k in (16, 64, 256)},
+        "TCR, V (B = 100, D = 1024)": {v: tcr(v, 1024) for v in (5, 10, 20)},
+        "TCR, D (B = 100, V = 20)": {d: tcr(20, d) for d in (256, 512, 1024)},
+    }  # fmt: skip
+    for name, works in cases.items():
+        seconds: dict[int, list[float]] = {n: [] for n in works}
+        for repeat in range(ROUNDS + 1):
+            for n, work in works.items():
+                _synchronise()
+                begun = time.perf_counter()
+                work()
+                _synchronise()
+                if repeat:  # the first warms up
+                    seconds[n].append(time.perf_counter() - begun)
+        exponents = [_exponent(list(works), each) for each in zip(*seconds.values(), strict=True)]
+        yield {"measure": f"{name}: time ~ size^c", "unit": "c", "ratio": float(np.median(exponents)), "low": min(exponents),
+               "high": max(exponents), "rounds": ROUNDS, "sizes": list(works),
+               "seconds": [float(np.median(each)) for each in seconds.values()]}  # fmt: skip
+
+
+def memory(machine: Machine) -> Iterator[dict]:
+    """Peak memory of a process of its own: of runs of one and four times the steps, of bags of 16 and 256."""
+    for name, small, large in (("training, steps", 16, 64), ("embedding, K", 16, 256)):
+        peaks = [_peak(machine, name, n) for n in (large, small)]
+        yield {"measure": f"{name}: peak memory, {large} over {small}", "unit": "MiB", "ours": str(large),
+               "theirs": str(small), "rate": peaks[0], "their rate": peaks[1], "ratio": peaks[0] / peaks[1], "rounds": 1}
+
+
+def _peak(machine: Machine, name: str, n: int) -> float:
+    code = "import sys; from bagssl import bench; bench._alone(*sys.argv[1:])"
+    words = [sys.executable, "-c", code, machine.dataset, name, str(n), json.dumps(machine.size)]
+    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _alone(dataset: str, name: str, n: str, size: str) -> None:
+    machine = Machine(dataset)
+    machine.size = {**json.loads(size), "crops": {int(k): v for k, v in json.loads(size)["crops"].items()}}
+    config = machine.config(min(machine.size["crops"]))
+    if name.startswith("training"):
+        _steps(machine, config, int(n))()
+    else:
+        pixels = machine.train.pixels[: machine.size["images"]]
+        _embed(machine, build_encoder(config.encoder, config.width), pixels, int(n), config.size)()
+    cuda = torch.cuda.max_memory_allocated() / 2**20 if machine.device.type == "cuda" else 0
+    print(cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+# ---- all of it
+
+ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
+    "augmentation": augmentation, "training": training, "utilisation": utilisation, "aggregation": aggregation,
+    "coding-rate": coding_rate, "growth": growth, "memory": memory,
+}  # fmt: skip
+
+
+def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = False,
+          output: Path | None = None) -> Path:
+    """Measure the rows `names` (none: all), show them as they come, and write results/bench/<machine>.json.
+
+    quick: sizes that only show that everything runs; nothing is kept then but under `output`. Rows that are not
+    measured again stay as they stand in the file. Raises InputError for a row that does not exist.
+    """
+    if wrong := [name for name in names if name not in ROWS]:
+        raise InputError(f"no row {wrong[0]!r} in the bench: choose among {', '.join(ROWS)}")
+    machine = Machine(dataset, quick)
+    made = runs.provenance()
+    path = Path(output) if output else results_root() / "bench" / f"{_slug(made['hardware'])}.json"
+    record = {"rows": {}} if not path.exists() else runs.read_json(path)
+    for name in names or ROWS:
+        record["rows"][name] = []
+        for row in ROWS[name](machine):
+            made_by = {key: made[key] for key in ("commit", "dirty", "time", "versions")}
+            record["rows"][name].append({**row, "dataset": machine.dataset, **made_by})
+            print(line(row), flush=True)
+        record |= {"hardware": made["hardware"], "precision": str(machine.dtype).removeprefix("torch.")}
+        if output or not quick:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            runs.write_json(path, record)
+    return path
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One row for a terminal."""
+    spread = f" ({row['low']:.3g} to {row['high']:.3g})" if "low" in row else ""
+    rates = f": {row['rate']:.4g} over {row['their rate']:.4g} {row['unit']} ({row['theirs']})" if "rate" in row else ""
+    aim = f", aim {row['aim']:g}" if row.get("aim") else ""
+    equal = (f"; kNN {row['kNN']:.1f} and {row['their kNN']:.1f}, difference {row['kNN difference']:+.2f} ± "
+             f"{row['standard error']:.2f}") if "kNN" in row else ""  # fmt: skip
+    return f"{row['measure']}: {row['ratio']:.3g}{spread}{aim}{rates}{equal}"
+
+
+def table(record: Mapping[str, Any]) -> pd.DataFrame:
+    """The record as a table to show."""
+    rows = [row for each in record["rows"].values() for row in each]
+    frame = pd.DataFrame(rows).reindex(columns=["measure", "ratio", "low", "high", "aim", "rate", "their rate", "unit", "theirs"])
+    return frame.astype({"theirs": object}).fillna({"theirs": figures.DASH})
+
+
+def _slug(hardware: Mapping[str, Any]) -> str:
+    words = hardware["gpu"] or f"{hardware['processor']} {hardware['cores']} cores"
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in words.lower()).split())
+
+
+def _synchronise() -> None:
+    with contextlib.suppress(AssertionError):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()

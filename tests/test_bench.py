@@ -1,0 +1,77 @@
+"""The bench measures what it says; no test of it is timed."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bagssl import bench, cli
+from bagssl.encoders import build_encoder
+from bagssl.errors import InputError
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only work moves."""
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_works_take_turns_and_are_counted_in_units_per_second(clock):
+    calls = []
+
+    def work(name, seconds, units):
+        def do():
+            calls.append(name)
+            clock[0] += seconds
+            return units
+        return do
+
+    rates = bench.race({"a": work("a", 0.5, 10), "b": work("b", 2.0, 10)}, 1.0, rounds=3)
+    assert rates == {"a": [20.0] * 3, "b": [5.0] * 3}
+    assert calls == ["a", "b", *["a", "a", "b"] * 3]  # one of each to warm up
+    row = bench.compared("this", rates, "crops/s", aim=2)
+    assert (row["ratio"], row["low"], row["high"], row["rounds"]) == (4, 4, 4, 3) and row["ours"] == "a"
+
+
+def test_a_ratio_is_the_median_over_rounds_with_its_spread():
+    row = bench.compared("this", {"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "crops/s")
+    assert (row["ratio"], row["low"], row["high"], row["rate"], row["their rate"]) == (2, 1, 3, 4, 2)
+    assert "2 (1 to 3)" in bench.line(row)
+
+
+def test_the_exponent_of_growth():
+    assert bench._exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+def test_the_stock_network_is_the_same_function_of_torchs_own_layers():
+    encoder = build_encoder("resnet10", 8).eval()
+    x = torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        ours, theirs = encoder(x), bench._stock(encoder)(x)
+    torch.testing.assert_close(ours, theirs)
+    assert {type(module) for module in encoder.modules() if isinstance(module, nn.Conv2d)} == {nn.Conv2d}
+
+
+def test_rows_are_measured_shown_and_kept(tmp_path, capsys):
+    path = bench.bench(["coding-rate"], "synthetic", quick=True, output=tmp_path / "here.json")
+    (row,) = json.loads(path.read_text())["rows"]["coding-rate"]
+    assert row["rounds"] == bench.ROUNDS and row["ratio"] > 0 and row["dataset"] == "synthetic" and "commit" in row
+    assert "TCR" in capsys.readouterr().out
+    assert len(bench.table(json.loads(path.read_text()))) == 1
+
+
+def test_both_sides_of_the_training_row_train(monkeypatch):
+    machine = bench.Machine("synthetic", quick=True)
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    (row,) = bench.training(machine)
+    assert row["rate"] > 0 and row["their rate"] > 0 and row["rounds"] == 2
+    assert 0 < row["kNN"] <= 100 and 0 < row["their kNN"] <= 100
+
+
+def test_a_row_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(InputError, match="no row 'speed'"):
+        bench.bench(["speed"])
+    assert cli.main(["bench", "speed"]) == 2 and "choose among" in capsys.readouterr().err
