@@ -23,11 +23,13 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 reproduce: $(READY)  ## every notebook with the profile smoke, on the embedded data, into results/smoke
-	@$(BIN)/bagssl reproduce --profile smoke
+	@$(BIN)/bagssl reproduce --profile smoke --jobs 2
 
-test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session
-	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg tests notebooks
+# One thread in each of several processes: on small tensors that is faster than threads, and processes whose threads
+# wait for each other by spinning bring a machine to a halt.
+test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session, file by file on all cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile \
+		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks tests
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab notebooks
