@@ -28,7 +28,7 @@ reproduce: $(READY)  ## every notebook with the profile smoke, on the embedded d
 # One thread in each of several processes: on small tensors that is faster than threads, and processes whose threads
 # wait for each other by spinning bring a machine to a halt.
 test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session, file by file on all cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks tests
 
 lab: $(READY)  ## JupyterLab on the notebooks
