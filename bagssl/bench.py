@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import resource
 import subprocess
@@ -79,6 +78,7 @@ class Machine:
     def __init__(self, dataset: str | None = None, quick: bool = False):
         self.device = torch.device(pretraining.pick_device("auto"))
         self.dtype = pretraining.pick_precision("auto", self.device)
+        self.quick = quick
         self.size = {**(CUDA if self.device.type == "cuda" else CPU), **(QUICK if quick else {})}
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         known = [row["name"] for row in data.status() if row["state"] == "ready"]
@@ -144,9 +144,7 @@ def _peer(machine: Machine, images: data.Images, transform: Callable, views: int
         loader = _loader(machine, pictures, 64, workers)
 
         def work(loader=loader) -> int:
-            for views_of_batch in loader:
-                last = views_of_batch
-            return views * len(loader) * 64 if last is not None else 0
+            return views * 64 * sum(1 for _ in loader)
 
         rate = race({"": work}, 0.0, 2)[""][-1]
         best = max(best, (f"{workers} workers", rate, work), key=lambda each: each[1])
@@ -157,25 +155,18 @@ def augmentation(machine: Machine) -> Iterator[dict]:
     """Crops per second of the whole machine, ours against torchvision's and lightly's per-image pipelines on PIL."""
     images = machine.train.take(torch.arange(min(len(machine.train), 16 * machine.size["images"])))
     pixels, generator = images.pixels.to(machine.device), torch.Generator(machine.device)
-    colour = {name: getattr(PretrainConfig(), name) for name in
-              ("flip", "brightness", "contrast", "saturation", "hue", "jitter", "grey")}  # fmt: skip
     for size, aim in ((16, 10), (32, 4)):
-        a = patches.Augmentation((0.25, 0.25), (1, 1), size, **colour)
+        fixed, multi = machine.config(size, training="patch-based").augmentation(), machine.config(size)
+        cases = [("patches", fixed, "torchvision", _torchvision(fixed), 1, aim),
+                 ("multi-scale crops", multi.augmentation(), "lightly's SimCLRTransform", _lightly(multi), 2, None)]
+        for crops, a, peer, transform, views, wanted in cases:
 
-        def ours(a=a) -> int:
-            return patches.augment(pixels, 2, a, generator)[:, :, 0, 0, 0].numel()
+            def ours(a=a) -> int:
+                return patches.augment(pixels, 2, a, generator)[:, :, 0, 0, 0].numel()
 
-        name, theirs = _peer(machine, images, _torchvision(a), 1)
-        rates = machine.race({"bagssl": ours, f"torchvision, {name}": theirs})
-        yield compared(f"augmentation, patches of {size} px", rates, "crops/s", aim)
-        config = machine.config(size)
-
-        def multi(config=config) -> int:
-            return patches.augment(pixels, 2, config.augmentation(), generator)[:, :, 0, 0, 0].numel()
-
-        name, theirs = _peer(machine, images, _lightly(config), 2)
-        rates = machine.race({"bagssl": multi, f"lightly's SimCLRTransform, {name}": theirs})
-        yield compared(f"augmentation, multi-scale crops of {size} px", rates, "crops/s")
+            workers, theirs = _peer(machine, images, transform, views)
+            rates = machine.race({"bagssl": ours, f"{peer}, {workers}": theirs})
+            yield compared(f"augmentation, {crops} of {size} px", rates, "crops/s", wanted)
 
 
 # ---- 2. the training step
@@ -324,7 +315,7 @@ def _shares(machine: Machine, config: PretrainConfig) -> Iterator[dict]:
 
 
 def _fresh(machine: Machine, config: PretrainConfig) -> dict:
-    kept: dict[tuple, Tensor] = {}
+    kept: dict[int, Tensor] = {}
 
     def cached(batch: Tensor, views: int, a: patches.Augmentation, generator: torch.Generator) -> Tensor:
         if len(batch) not in kept:
@@ -441,15 +432,8 @@ def growth(machine: Machine) -> Iterator[dict]:
         "TCR, D (B = 100, V = 20)": {d: tcr(20, d) for d in (256, 512, 1024)},
     }  # fmt: skip
     for name, works in cases.items():
-        seconds: dict[int, list[float]] = {n: [] for n in works}
-        for repeat in range(ROUNDS + 1):
-            for n, work in works.items():
-                _synchronise()
-                begun = time.perf_counter()
-                work()
-                _synchronise()
-                if repeat:  # the first warms up
-                    seconds[n].append(time.perf_counter() - begun)
+        calls = {n: lambda work=work: bool(work()) for n, work in works.items()}
+        seconds = {n: [1 / rate for rate in rates] for n, rates in race(calls, 0.0).items()}
         exponents = [_exponent(list(works), each) for each in zip(*seconds.values(), strict=True)]
         yield {"measure": f"{name}: time ~ size^c", "unit": "c", "ratio": float(np.median(exponents)), "low": min(exponents),
                "high": max(exponents), "rounds": ROUNDS, "sizes": list(works),
@@ -466,13 +450,12 @@ def memory(machine: Machine) -> Iterator[dict]:
 
 def _peak(machine: Machine, name: str, n: int) -> float:
     code = "import sys; from bagssl import bench; bench._alone(*sys.argv[1:])"
-    words = [sys.executable, "-c", code, machine.dataset, name, str(n), json.dumps(machine.size)]
+    words = [sys.executable, "-c", code, machine.dataset, "quick" * machine.quick, name, str(n)]
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def _alone(dataset: str, name: str, n: str, size: str) -> None:
-    machine = Machine(dataset)
-    machine.size = {**json.loads(size), "crops": {int(k): v for k, v in json.loads(size)["crops"].items()}}
+def _alone(dataset: str, quick: str, name: str, n: str) -> None:
+    machine = Machine(dataset, bool(quick))
     config = machine.config(min(machine.size["crops"]))
     if name.startswith("training"):
         _steps(machine, config, int(n))()

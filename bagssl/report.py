@@ -18,6 +18,7 @@ import latex2mathml.converter
 import mistune
 import pandas as pd
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
 from bagssl import claims, figures
@@ -172,29 +173,33 @@ def mathml(formula: str, display: str = "inline") -> str:
         return f"<code>{mistune.escape(formula)}</code>"
 
 
+class _Formulas:
+    """What mistune's renderers make of a formula."""
+
+    def inline_math(self, text: str) -> str:
+        return mathml(text)
+
+    def block_math(self, text: str) -> str:
+        return f"<p>{mathml(text, display='block')}</p>"
+
+
+class _Cells(_Formulas, IPythonRenderer):
+    pass
+
+
 class _Page(HTMLExporter):
     """nbconvert's page of a notebook, without the scripts that it loads: it reads the same without a network."""
 
     @jinja2.pass_context
     def markdown2html(self, context, source: str) -> str:
-        formulas: list[str] = []
-
-        def keep(match: re.Match) -> str:
-            block = match["block"]
-            formulas.append(mathml(block or match["inline"], "block" if block else "inline"))
-            return f"formula{len(formulas) - 1}elsewhere"
-
-        kept = re.sub(r"\$\$(?P<block>.+?)\$\$|(?<![\\`])\$(?P<inline>[^$`\n]+)\$", keep, source, flags=re.DOTALL)
-        html = super().markdown2html(context, kept)
-        return re.sub(r"formula(\d+)elsewhere", lambda match: formulas[int(match[1])], html)
+        renderer = _Cells(escape=False, attachments=context.get("cell", {}).get("attachments", {}))
+        return MarkdownWithMath(renderer=renderer).render(source)
 
 
 def notebook_page(path: Path) -> str:
     """The HTML of an executed notebook."""
     here = Path(__file__).parent
     return _Page(extra_template_basedirs=[str(here)], template_file=str(here / "notebook.html.j2")).from_filename(str(path))[0]
-
-
 
 
 def _story(notebook: Path) -> dict[str, Any]:
@@ -230,7 +235,7 @@ def _story(notebook: Path) -> dict[str, Any]:
     return found
 
 
-class _Words(mistune.HTMLRenderer):
+class _Words(_Formulas, mistune.HTMLRenderer):
     """Markdown to HTML that a template may trust: raw HTML is text; pictures, which would be loaded, and links that
     lead from the notebook, not from this page, are their words."""
 
@@ -239,12 +244,6 @@ class _Words(mistune.HTMLRenderer):
 
     def image(self, text: str, url: str, title: str | None = None) -> str:
         return text
-
-    def inline_math(self, text: str) -> str:
-        return mathml(text)
-
-    def block_math(self, text: str) -> str:
-        return f"<p>{mathml(text, display='block')}</p>"
 
 
 _html = mistune.create_markdown(renderer=_Words(escape=True), plugins=["table", "math"])
