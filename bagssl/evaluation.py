@@ -23,12 +23,14 @@ from bagssl.runs import Run
 PROBES = {"knn": knn, "linear": linear}
 FEATURES = ("h", "z")
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
+RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
+_recent: dict[tuple, Tensor] = {}
 
 
 def evaluate(
     run: Run,
     train: Images,
-    test: Images,
+    test: Images | float,
     ks: Sequence[int],
     *,
     probes: Sequence[str] = ("knn", "linear"),
@@ -40,18 +42,23 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Accuracy of `run` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
+    test: images, or a share of `train` to hold out, drawn at random, for a choice that must not see the test images.
     Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at the size it
     was trained on; of several scales, each gives a bag of K, and their means are concatenated. Returns one row per
     feature, K and probe: accuracy, low and high in per cent, the probe's settings, and which test images were right
     (`unpack_correct`). A protocol that was measured before on this run is read from its folder.
-    Raises InputError for an unknown probe or feature, or a K that is no whole number of at least 0.
+    Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, or a share that leaves
+    one side without images.
     """
     check_protocol(ks, probes, features)
+    if not isinstance(test, Images) and not 1 <= round(test * len(train)) < len(train):
+        raise InputError(f"a share of {test} of {len(train)} images cannot be held out: both sides need one at least")
     config = run.config
     protocol = {
         "protocol": PROTOCOL, "ks": sorted(set(ks)), "probes": sorted(probes), "features": sorted(features),
         "scale": list(scale) if isinstance(scale, Sequence) else scale, "size": config["size"], "seed": seed,
-        "train": train.fingerprint, "test": test.fingerprint, "weights": run.metrics["weights_sha256"],
+        "train": train.fingerprint, "test": test.fingerprint if isinstance(test, Images) else {"held_out": test},
+        "weights": run.metrics["weights_sha256"],
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = run.path / "evaluations" / f"{key}.json"
@@ -83,7 +90,7 @@ def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[
 
 
 def _measure(
-    run: Run, train: Images, test: Images, feature: str, protocol: dict[str, Any], device: str, progress: bool
+    run: Run, train: Images, test: Images | float, feature: str, protocol: dict[str, Any], device: str, progress: bool
 ) -> list[dict[str, Any]]:
     encoder = load_encoder(run, device)
     if feature == "z":
@@ -91,23 +98,41 @@ def _measure(
     ks, scales = protocol["ks"], protocol["scale"]
 
     def embed(images: Images, seed: int) -> dict[int, Tensor]:
-        how = {"size": protocol["size"], "seed": seed, "device": device, "progress": progress}
-        bags = [embed_bags(encoder, images.pixels, ks, scale=scale, **how)
+        how = {"size": protocol["size"], "seed": seed, "device": device}
+        same = (protocol["weights"], feature, images.fingerprint, *how.values())
+        bags = [_bags(encoder, images, ks, (*same, scale), scale=scale, progress=progress, **how)
                 for scale in (scales if isinstance(scales, list) else [scales])]  # fmt: skip
         return {k: torch.cat([bag[k] for bag in bags], dim=1) for k in ks}
 
-    # other patches for the test images than for the training images
-    bags, bags_test = embed(train, protocol["seed"]), embed(test, protocol["seed"] + 1)
+    bags, labels = embed(train, protocol["seed"]), train.labels
+    if isinstance(test, Images):  # other patches for the test images than for the training images
+        bags_test, labels_test = embed(test, protocol["seed"] + 1), test.labels
+    else:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(protocol["seed"]))
+        held, rest = (part.sort().values for part in order.tensor_split([round(test * len(train))]))
+        bags, bags_test = ({k: bag[part] for k, bag in bags.items()} for part in (rest, held))
+        labels, labels_test = labels[rest], labels[held]
     rows = []
     for k in ks:
         for probe in protocol["probes"]:
-            features = bags[k], train.labels, bags_test[k], test.labels
+            features = bags[k], labels, bags_test[k], labels_test
             result = PROBES[probe](*(tensor.to(device) for tensor in features))
             rows.append(
                 {"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
                  "high": result.high, "settings": result.settings, "correct": _pack(result.correct)}
             )  # fmt: skip
     return rows
+
+
+def _bags(encoder: nn.Module, images: Images, ks: Sequence[int], same: tuple, **how: Any) -> dict[int, Tensor]:
+    """`embed_bags`, but for those that this process embedded before; `same` tells them apart, together with K."""
+    if missing := [k for k in ks if (same, k) not in _recent]:
+        made = embed_bags(encoder, images.pixels, missing, **how)
+        _recent.update({(same, k): bag for k, bag in made.items()})
+    bags = {k: _recent[same, k] for k in ks}
+    while sum(bag.nbytes for bag in _recent.values()) > RECENT:
+        _recent.pop(next(iter(_recent)))
+    return bags
 
 
 def _pack(correct: Tensor) -> str:

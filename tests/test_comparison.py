@@ -98,6 +98,46 @@ def test_bags_of_several_scales_are_probed_side_by_side(images, finished):
     assert alone["correct"] != row["correct"]  # negative control
 
 
+def test_a_share_of_the_training_images_is_held_out(images, finished):
+    run, train = finished[0], images[0]
+    bag = embed_bags(load_encoder(run), train.pixels, [4], scale=0.3, size=run.config["size"], device="cpu")[4]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held, rest = (order[:60].sort().values, order[60:].sort().values)
+    expected = knn(bag[rest], train.labels[rest], bag[held], train.labels[held])
+    (row,) = evaluate(run, train, 60 / len(train), [4], scale=0.3, probes=["knn"], progress=False)
+    assert np.array_equal(unpack_correct(row["correct"], 60), expected.correct.numpy())
+    seen = knn(bag, train.labels, bag[held], train.labels[held])
+    assert seen.value > expected.value  # negative control: with the held-out images in its index, kNN finds them
+
+
+def test_a_bag_is_embedded_once_in_a_process(images, finished, monkeypatch):
+    asked = []
+
+    def counted(encoder, pixels, ks, **how):
+        asked.append((len(pixels), list(ks), how["scale"]))
+        return embed_bags(encoder, pixels, ks, **how)
+
+    monkeypatch.setattr(evaluation, "embed_bags", counted)
+    monkeypatch.setattr(evaluation, "_recent", {})
+    run, (train, test), how = finished[0], images, {"probes": ["knn"], "progress": False}
+    for scale in (0.15, 0.35):
+        evaluate(run, train, 0.25, [3], scale=scale, **how)
+    evaluate(run, train, test, [0, 3], scale=0.35, **how)
+    both = evaluate(run, train, test, [3], scale=(0.15, 0.35), **how)
+    n, m = len(train), len(test)
+    assert asked == [(n, [3], 0.15), (n, [3], 0.35), (n, [0], 0.35), (m, [0, 3], 0.35), (m, [3], 0.15)]
+    monkeypatch.setattr(evaluation, "RECENT", 0)  # without memory, the same
+    for path in run.path.glob("evaluations/*.json"):
+        path.unlink()
+    assert evaluate(run, train, test, [3], scale=(0.15, 0.35), **how) == both and not evaluation._recent
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1e-9, -0.5, 2.0])
+def test_a_share_that_leaves_a_side_empty_is_refused(images, finished, share):
+    with pytest.raises(InputError, match="held out"):
+        evaluate(finished[0], images[0], share, [1], scale=0.2, progress=False)
+
+
 @pytest.mark.parametrize("wrong", [{"probes": ["svm"]}, {"features": ["g"]}, {"ks": []}, {"ks": [-1]}, {"ks": ["a"]}, {"features": []}, {"scale": 2.0}, {"scale": 0.0}])
 def test_senseless_protocols_are_refused(images, finished, wrong):
     with pytest.raises(InputError):
