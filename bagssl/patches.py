@@ -199,7 +199,7 @@ def draw_cells(
     Any two views of an image are equally likely to be any two different cells, in either order.
     Returns int64 [views, batch, 4] on the generator's device. Raises InputError for more views than cells.
     """
-    cells = grid_boxes(height, width, side, grid).to(generator.device)
+    cells = _move(grid_boxes(height, width, side, grid), generator.device)
     if views > len(cells):
         raise InputError(f"{views} views do not fit on {len(cells)} different cells: lower views or grid")
     order = _uniform((batch, len(cells)), 0, 1, generator).argsort(1)

@@ -24,6 +24,7 @@ from bagssl import runs
 from bagssl.data import Images
 from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projector
 from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.lars import LARS
 from bagssl.objectives import OBJECTIVES, needs_target, spread
 from bagssl.patches import Augmentation, augment
 from bagssl.progress import progress_bar
@@ -105,7 +106,7 @@ class PretrainConfig:
         if self.training != "untrained" and not self.epochs:
             raise InputError("epochs = 0 trains nothing: for random weights set training to untrained")
         if self.optimiser == "lars" and not self.weight_decay:
-            raise InputError("weight_decay = 0: lightly's LARS then rescales nothing; set it above 0, or use sgd")
+            raise InputError("weight_decay = 0: LARS then rescales nothing; set it above 0, or use sgd")
         # what decides nothing is set back, so that one run serves every recipe that differs in nothing else
         for field_ in dataclasses.fields(self):
             if not self._uses(field_.name):
@@ -325,7 +326,8 @@ def _train(
         while step < steps:
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = torch.randperm(len(images), generator=_seeded(config.seed, 0, epoch)).to(device), epoch
+                order = torch.randperm(len(images), generator=_seeded(config.seed, 0, epoch))
+                order, order_epoch = order.to(device, non_blocking=True), epoch
             batch = pixels[order[position * config.batch_size :][: config.batch_size]]
             # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
             patches = augment(batch, config.views, augmentation, _seeded(config.seed, 1, step, generator))
@@ -351,8 +353,7 @@ def _train(
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             if step % log_every == 0 or step == steps:
-                means = torch.stack(list(sums.values())).cpu() / ((step - 1) % log_every + 1)  # the only wait for the device
-                means = dict(zip(sums, means.tolist(), strict=True))
+                means = _means(sums, (step - 1) % log_every + 1)
                 _check(means, step, steps, config)
                 now = time.monotonic()
                 seconds, elapsed, clock = seconds + now - clock, now - clock, now
@@ -429,11 +430,8 @@ def _optimiser(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimize
         return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     if config.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
-    from lightly.utils.lars import LARS
-
     # 0.02 is the trust that the learning rates of the CIFAR recipes (solo-learn's) go with
-    how = {"momentum": config.momentum, "nesterov": config.momentum > 0, "trust_coefficient": 0.02}
-    return LARS(groups, lr=config.learning_rate, **how)
+    return LARS(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, trust=0.02)
 
 
 @torch.no_grad()
@@ -442,6 +440,11 @@ def _average(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
     for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
         mine.copy_(theirs)
+
+
+def _means(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
+    """The only wait for the device in the loop, but for checkpoints."""
+    return dict(zip(sums, (torch.stack(list(sums.values())).cpu() / steps).tolist(), strict=True))
 
 
 def _check(means: dict[str, float], step: int, steps: int, config: PretrainConfig) -> None:

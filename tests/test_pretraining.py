@@ -1,5 +1,6 @@
 """The one loop: it resumes to the bit, trains once, stops with a reason, and refuses senseless settings."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagssl import pretraining, runs
 from bagssl.data import load
@@ -55,6 +57,102 @@ def test_the_loss_falls(images, tmp_path, optimiser):
     losses = [row["loss"] for row in run.history]
     quarter = len(losses) // 4  # of the run: single steps differ more than the loss falls
     assert sum(losses[-quarter:]) < sum(losses[:quarter])
+
+
+class _OnMeta(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+    device = torch.device("meta")
+
+
+class _Copies(TorchDispatchMode):
+    """The copies from one device to another for which the program waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        moved = isinstance(result, torch.Tensor) and any(isinstance(a, torch.Tensor) and a.device != result.device for a in args)
+        if moved and not (kwargs or {}).get("non_blocking"):
+            self.waited.append(str(func))
+        return result
+
+
+@pytest.fixture
+def on_meta(images, monkeypatch):
+    """Trains two steps on the meta device, whose tensors have no values: to ask for one is an error.
+
+    Only what would be logged is made up. Returns the copies between devices that were waited for since the first step.
+    """
+    copies, augment = _Copies(), pretraining.augment
+    monkeypatch.setattr(torch, "Generator", _OnMeta)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: contextlib.nullcontext())
+    monkeypatch.setattr(runs, "load_checkpoint", lambda *args: None)
+    monkeypatch.setattr(runs, "finish", lambda *args: None)
+    monkeypatch.setattr(pretraining, "_means", lambda sums, steps: dict.fromkeys(sums, 1.0))
+
+    def train(augment=augment, **settings):
+        def first(*how):
+            monkeypatch.setattr(pretraining, "augment", augment)
+            copies.waited.clear()
+            return augment(*how)
+
+        monkeypatch.setattr(pretraining, "augment", first)
+        recipe = {"size": 8, "width": 8, "batch_size": 16, "epochs": 2, "optimiser": "sgd", "weight_decay": 1e-4}
+        config, few = PretrainConfig.from_dict({**recipe, **settings}), images.take(torch.arange(16))
+        with copies:
+            pretraining._train(config, few, None, torch.device("meta"), torch.float32, math.inf, 1e9, False)
+        return copies.waited
+
+    return train
+
+
+@pytest.mark.parametrize("settings", [
+    *({"objective": each, "training": "multi-scale", "blur": 0.5, "solarise": 0.2} for each in OBJECTIVES),
+    {"optimiser": "lars"}, {"grid": 4}])  # fmt: skip
+def test_no_step_waits_for_the_device(on_meta, settings):
+    assert not on_meta(**settings)
+
+
+def test_a_step_that_waits_is_found(on_meta, monkeypatch):
+    """Negative controls: images that come from elsewhere in each step, and a value that is looked at."""
+    def elsewhere(batch, *how, augment=pretraining.augment):
+        return augment(torch.zeros(batch.shape, dtype=torch.uint8).to("meta"), *how)
+
+    assert on_meta(elsewhere)
+    spread = pretraining.spread
+    monkeypatch.setattr(pretraining, "spread", lambda z: spread(z) if z.sum() else None)
+    with pytest.raises(RuntimeError, match="meta"):
+        on_meta()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimiser", ["sgd", "lars", "adamw"])
+def test_no_step_waits_for_a_gpu(images, tmp_path, monkeypatch, optimiser):
+    means = pretraining._means
+
+    def read(*how):
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return means(*how)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def augmented(*how):
+        torch.cuda.set_sync_debug_mode("error")  # from the first step on
+        return augment(*how)
+
+    augment = pretraining.augment
+    monkeypatch.setattr(pretraining, "_means", read)
+    monkeypatch.setattr(pretraining, "augment", augmented)
+    monkeypatch.setattr(runs, "finish", lambda *how: torch.cuda.set_sync_debug_mode("default"))
+    try:
+        train(images, tmp_path, device="cuda", training="multi-scale", optimiser=optimiser, blur=0.5, epochs=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_finished_run_is_reused_and_its_key_has_no_hardware_in_it(images, tmp_path):

@@ -1,0 +1,52 @@
+"""LARS for large batches, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """SGD whose step for each tensor p is rescaled by trust * |p| / (|g| + weight_decay * |p|).
+
+    You et al. 2017, eq. 6. As in lightly's LARS, a group without weight decay is not rescaled, nor a tensor whose
+    norm or whose gradient's is zero. Here no norm is looked at on the way: a choice by `torch.where` needs no answer
+    from the device, and all tensors of a group are updated together.
+    """
+
+    def __init__(self, params, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
+                 trust: float = 0.001, eps: float = 1e-8):
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "trust": trust}
+        super().__init__(params, {**settings, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            steps = [p.grad for p in params]
+            if group["weight_decay"]:
+                steps = _rescaled(params, steps, group)
+            if group["momentum"]:
+                steps = self._with_momentum(params, steps, group)
+            torch._foreach_add_(params, steps, alpha=-group["lr"])
+
+    def _with_momentum(self, params: list, steps: list, group: dict) -> list:
+        for p, step in zip(params, steps, strict=True):
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(step)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, steps)
+        return torch._foreach_add(steps, buffers, alpha=group["momentum"]) if group["nesterov"] else buffers
+
+
+def _rescaled(params: list, grads: list, group: dict) -> list:
+    p, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
+    moved = (p != 0) & (g != 0)
+    rate = torch.where(moved, group["trust"] * p / (g + group["weight_decay"] * p + group["eps"]), 1.0)
+    decay = torch.where(moved, group["weight_decay"] * rate, 0.0)
+    steps = torch._foreach_mul(grads, list(rate.unbind()))
+    torch._foreach_add_(steps, torch._foreach_mul(params, list(decay.unbind())))
+    return steps
