@@ -37,12 +37,14 @@ Work = Callable[[], int]  # does a piece of work; how many units it was
 ROUNDS = 5
 
 # What a machine is asked to do. crops: of a training run; product: side of the matrices; images: that are embedded;
-# seconds: of a round; judged: training and test images of kNN; coding rate: V, B, D.
+# seconds: of a round; judged and probed: training and test images; coding rate: V, B, D.
 CPU = {"encoder": "resnet10", "width": 16, "crops": {16: 51200, 32: 15360}, "batch": 128, "product": 2048,
-       "images": 64, "seconds": 1.0, "judged": (10_000, 2_000), "coding rate": (20, 100, 1024)}  # fmt: skip
+       "images": 64, "seconds": 1.0, "judged": (10_000, 2_000), "probed": (50_000, 10_000),
+       "coding rate": (20, 100, 1024)}  # fmt: skip
 CUDA = {"encoder": "resnet18", "width": 64, "crops": {32: 409600}, "batch": 512, "product": 8192,
-        "images": 2048, "seconds": 1.0, "judged": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
-QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "images": 8, "seconds": 0.02, "judged": (500, 100),
+        "images": 2048, "seconds": 1.0, "judged": (50_000, 10_000), "probed": (50_000, 10_000),
+        "coding rate": (20, 100, 1024)}  # fmt: skip
+QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "images": 8, "seconds": 0.02, "judged": (500, 100), "probed": (200, 50),
          "coding rate": (2, 10, 64)}  # fmt: skip
 
 
@@ -207,11 +209,11 @@ def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, 
     return encoder
 
 
-def _accuracy(machine: Machine, encoder: nn.Module, size: int) -> float:
-    """kNN accuracy in per cent of the centre crops of some of the test images."""
+def _accuracy(machine: Machine, encoder: nn.Module, size: int, k: int) -> float:
+    """kNN accuracy in per cent of bags of k (0: the centre crops) of some of the test images."""
     train, test = (images.take(torch.arange(min(len(images), count)))
                    for images, count in zip((machine.train, machine.test), machine.size["judged"], strict=True))
-    h = [bags.embed_bags(encoder, images.pixels, [0], scale=1.0, size=size, device=machine.device)[0]
+    h = [bags.embed_bags(encoder, images.pixels, [k], scale=0.25, size=size, device=machine.device)[k]
          for images in (train, test)]  # fmt: skip
     return probes.knn(h[0], train.labels, h[1], test.labels).value
 
@@ -220,35 +222,58 @@ def training(machine: Machine) -> Iterator[dict]:
     """Whole runs of as many crops, ours against lightly's pipeline, from the images to the last step; then kNN."""
     aims = {16: 2.0, 32: 1.3} if machine.device.type == "cpu" else {32: 2.5}
     for size, crops in machine.size["crops"].items():
-        rates: dict[str, list[float]] = {"bagssl": [], f"lightly, {machine.cores} workers": []}
-        accuracies: list[list[float]] = [[], []]
         pictures = _Pictures(machine.train, _lightly(machine.config(size)))
-        for seed in range(ROUNDS + 1):  # the first warms up
-            config = machine.config(size, seed=seed)
-            steps = max(1, crops // (config.views * config.batch_size)) if seed else 2
-            config = replace(config, epochs=steps / (len(machine.train) // config.batch_size))
 
-            def ours(config=config) -> nn.Module:
-                with tempfile.TemporaryDirectory() as folder:
-                    run = pretraining.pretrain(config, machine.train, Path(folder), progress=False)
-                    return pretraining.load_encoder(run, machine.device)
+        def ours(seed: int, steps: int, size=size) -> nn.Module:
+            return _trained(machine, machine.config(size, seed=seed), steps)
 
-            def theirs(config=config, steps=steps, pictures=pictures) -> nn.Module:
-                return _lightly_run(machine, config, pictures, steps)
+        def theirs(seed: int, steps: int, size=size, pictures=pictures) -> nn.Module:
+            return _lightly_run(machine, machine.config(size, seed=seed), pictures, steps)
 
-            for index, (name, train) in enumerate(zip(rates, (ours, theirs), strict=True)):
-                _synchronise()
-                begun = time.perf_counter()
-                encoder = train()
-                _synchronise()
-                if seed:
-                    rates[name].append(steps * config.views * config.batch_size / (time.perf_counter() - begun))
-                    accuracies[index].append(_accuracy(machine, encoder, size))
-        difference = np.subtract(*accuracies)
-        yield compared(f"training, {machine.size['encoder']} at {size} px", rates, "crops/s", aims.get(size),
-                       **{"kNN": float(np.mean(accuracies[0])), "their kNN": float(np.mean(accuracies[1])),
-                          "kNN difference": float(difference.mean()),
-                          "standard error": float(difference.std(ddof=1) / len(difference) ** 0.5)})  # fmt: skip
+        ways = {"bagssl": (ours, size), f"lightly, {machine.cores} workers": (theirs, size)}
+        yield _judged(machine, f"training, {machine.size['encoder']} at {size} px", ways, crops, 0, aims.get(size))
+
+
+def native_size(machine: Machine) -> Iterator[dict]:
+    """Patches trained and embedded at their own size, against the same patches enlarged to twice their side."""
+    native, crops = patches.native_size(0.25, *machine.train.pixels.shape[2:]), min(machine.size["crops"].values())
+
+    def way(size: int) -> tuple[Callable, int]:
+        return lambda seed, steps: _trained(machine, machine.config(size, seed=seed, training="patch-based"), steps), size
+
+    ways = {f"{size} px": way(size) for size in (native, 2 * native)}
+    yield _judged(machine, f"training on patches of {native} px, not enlarged", ways, crops, 16, None)
+
+
+def _trained(machine: Machine, config: PretrainConfig, steps: int) -> nn.Module:
+    config = replace(config, epochs=steps / (len(machine.train) // config.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        run = pretraining.pretrain(config, machine.train, Path(folder), progress=False)
+        return pretraining.load_encoder(run, machine.device)
+
+
+def _judged(machine: Machine, measure: str, ways: Mapping[str, tuple[Callable[[int, int], nn.Module], int]], crops: int,
+            k: int, aim: float | None) -> dict:
+    """Two ways (seed, steps -> trained encoder, and the size of its input) to train on as many crops: a row with the
+    kNN accuracy of bags of k, and its paired difference over seeds."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    accuracies: dict[str, list[float]] = {name: [] for name in ways}
+    per_step = 2 * machine.size["batch"]
+    for seed in range(ROUNDS + 1):  # the first warms up
+        steps = max(1, crops // per_step) if seed else 2
+        for name, (train, size) in ways.items():
+            _synchronise()
+            begun = time.perf_counter()
+            encoder = train(seed, steps)
+            _synchronise()
+            if seed:
+                rates[name].append(steps * per_step / (time.perf_counter() - begun))
+                accuracies[name].append(_accuracy(machine, encoder, size, k))
+    mine, others = accuracies.values()
+    difference = np.subtract(mine, others)
+    return compared(measure, rates, "crops/s", aim, **{
+        "kNN": float(np.mean(mine)), "their kNN": float(np.mean(others)), "kNN difference": float(difference.mean()),
+        "standard error": float(difference.std(ddof=1) / len(difference) ** 0.5)})  # fmt: skip
 
 
 # ---- 3. and 4. the share of the machine, and what fresh crops cost
@@ -466,11 +491,28 @@ def _alone(dataset: str, quick: str, name: str, n: str) -> None:
     print(cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
+# ---- the probes
+
+
+def probing(machine: Machine) -> Iterator[dict]:
+    """Seconds for a probe of 50,000 training and 10,000 test images x 512: rectified random projections of pixels."""
+    generator = torch.Generator().manual_seed(0)
+    project = torch.randn(machine.train.pixels[0].numel(), 512, generator=generator) / 40
+    sides = [images.take(torch.arange(min(len(images), count)))
+             for images, count in zip((machine.train, machine.test), machine.size["probed"], strict=True)]
+    given = [tensor.to(machine.device) for side in sides
+             for tensor in ((side.pixels.flatten(1).float() / 255 @ project).relu(), side.labels)]  # fmt: skip
+    for name, probe in (("kNN", probes.knn), ("linear", probes.linear)):
+        seconds = [1 / rate for rate in race({"": lambda probe=probe: bool(probe(*given))}, 0.0, 3)[""]]
+        yield {"measure": f"{name} probe, {len(sides[0]):,} and {len(sides[1]):,} images x 512", "unit": "s",
+               "ratio": float(np.median(seconds)), "low": min(seconds), "high": max(seconds), "rounds": 3}  # fmt: skip
+
+
 # ---- all of it
 
 ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
-    "augmentation": augmentation, "training": training, "utilisation": utilisation, "aggregation": aggregation,
-    "coding-rate": coding_rate, "growth": growth, "memory": memory,
+    "augmentation": augmentation, "training": training, "native-size": native_size, "utilisation": utilisation, "aggregation": aggregation,
+    "coding-rate": coding_rate, "growth": growth, "memory": memory, "probes": probing,
 }  # fmt: skip
 
 

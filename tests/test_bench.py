@@ -63,12 +63,18 @@ def test_rows_are_measured_shown_and_kept(tmp_path, capsys):
     assert len(bench.table(json.loads(path.read_text()))) == 1
 
 
-def test_both_sides_of_the_training_row_train(monkeypatch):
+def test_both_sides_of_a_training_row_train(monkeypatch):
     machine = bench.Machine("synthetic", quick=True)
     monkeypatch.setattr(bench, "ROUNDS", 2)
-    (row,) = bench.training(machine)
-    assert row["rate"] > 0 and row["their rate"] > 0 and row["rounds"] == 2
-    assert 0 < row["kNN"] <= 100 and 0 < row["their kNN"] <= 100
+    for (row,) in (bench.training(machine), bench.native_size(machine)):
+        assert row["rate"] > 0 and row["their rate"] > 0 and row["rounds"] == 2
+        assert 0 < row["kNN"] <= 100 and 0 < row["their kNN"] <= 100
+        assert row["kNN difference"] == pytest.approx(row["kNN"] - row["their kNN"])
+
+
+def test_both_probes_are_timed():
+    rows = list(bench.probing(bench.Machine("synthetic", quick=True)))
+    assert [row["measure"].split()[0] for row in rows] == ["kNN", "linear"] and all(row["ratio"] > 0 for row in rows)
 
 
 def test_a_row_that_does_not_exist_is_refused(capsys):
