@@ -54,7 +54,7 @@ def embed_bags(
     count, most, done, bags = len(pixels), max(ks), 0, {}
     with progress_bar(count * (most + (0 in ks)), 0, "embed", progress) as update:
         if 0 in ks:
-            whole = [embed(patches.centre_crop(part.to(device), size)).cpu() for part in pixels.split(batch)]
+            whole = [embed(patches.centre_crop(part.to(device, non_blocking=True), size)) for part in pixels.split(batch)]
             bags[0] = torch.cat(whole)
             update(done := count, "")
         before = 0
@@ -65,9 +65,10 @@ def embed_bags(
             before = total[-1]
             for k in ks:
                 if start < k <= start + len(h):
-                    bags.setdefault(k, torch.empty(count, h.shape[2]))[images] = total[k - start - 1] / k
+                    bag = bags.setdefault(k, torch.empty(count, h.shape[2], device=h.device))
+                    bag[images] = total[k - start - 1] / k
             update(done := done + h.shape[0] * h.shape[1], "")
-    return {k: bags[k] for k in ks}
+    return {k: bags[k].cpu() for k in ks}  # the only wait for the device
 
 
 def patch_embeddings(
@@ -174,7 +175,7 @@ def _chunks(
     """
     rounds = max(1, min(len(boxes), batch))
     for first in range(0, pixels.shape[0], batch // rounds):
-        images = pixels[first : first + batch // rounds].to(device)
+        images = pixels[first : first + batch // rounds].to(device, non_blocking=True)
         for start in range(0, len(boxes), rounds):
             chunk = boxes[start : start + rounds, first : first + len(images)].long()
             image = torch.arange(len(images)).repeat(len(chunk))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -190,3 +191,23 @@ def test_boxes_of_other_images_are_refused():
         bags.patch_embeddings(LINEAR, PIXELS, boxes(2)[:, :5], 8)
     with pytest.raises(ValueError, match="batch"):
         bags.embed_bags(LINEAR, PIXELS, [1], **OPTIONS, batch=0)
+
+
+def test_no_batch_waits_for_the_device(monkeypatch):
+    """On the meta device, whose tensors have no values, all batches are embedded; only then are the bags asked for."""
+    seen = []
+
+    def embed(crops):
+        seen.append(len(crops))
+        return crops.flatten(1)
+
+    monkeypatch.setattr(torch, "autocast", lambda *how, **more: contextlib.nullcontext())
+    monkeypatch.setattr(bags, "_prepare", lambda *how: (embed, torch.device("meta"), 4))
+    with pytest.raises(NotImplementedError, match="meta"):
+        bags.embed_bags(LINEAR, PIXELS, KS, **OPTIONS)
+    assert sum(seen) == len(PIXELS) * (1 + max(KS)) and len(seen) == 2 + 6 * 2
+    monkeypatch.setattr(bags, "_prepare", lambda *how: (lambda crops: embed(crops) / crops.max().item(), torch.device("meta"), 4))
+    seen.clear()
+    with pytest.raises(RuntimeError, match="meta"):  # negative control: an encoder that looks at its values
+        bags.embed_bags(LINEAR, PIXELS, KS, **OPTIONS)
+    assert len(seen) == 1
