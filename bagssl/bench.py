@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bagssl import bags, data, figures, objectives, patches, pretraining, probes, runs
 from bagssl.encoders import build_encoder, build_projector
 from bagssl.errors import InputError
-from bagssl.paths import results_root
+from bagssl.paths import results_root, write_atomically
 from bagssl.pretraining import PretrainConfig
 
 Work = Callable[[], int]  # does a piece of work; how many units it was
@@ -518,7 +518,7 @@ ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
 
 def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = False,
           output: Path | None = None) -> Path:
-    """Measure the rows `names` (none: all), show them as they come, and write results/bench/<machine>.json.
+    """Measure the rows `names` (none: all), show them as they come, and write results/bench/<machine>.json, and .md to read.
 
     quick: sizes that only show that everything runs; nothing is kept then but under `output`. Rows that are not
     measured again stay as they stand in the file. Raises InputError for a row that does not exist.
@@ -539,6 +539,8 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
         if output or not quick:
             path.parent.mkdir(parents=True, exist_ok=True)
             runs.write_json(path, record)
+            with write_atomically(path.with_suffix(".md")) as shown:
+                shown.write_text(figures.markdown(table(record)), encoding="utf-8")
     return path
 
 
@@ -553,10 +555,21 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def table(record: Mapping[str, Any]) -> pd.DataFrame:
-    """The record as a table to show."""
-    rows = [row for each in record["rows"].values() for row in each]
-    frame = pd.DataFrame(rows).reindex(columns=["measure", "ratio", "low", "high", "aim", "rate", "their rate", "unit", "theirs"])
-    return frame.astype({"theirs": object}).fillna({"theirs": figures.DASH})
+    """The record as a table to show, all of it text."""
+    def shown(row: Mapping[str, Any]) -> dict[str, str]:
+        sign = {"s": " s", "c": ""}.get(row["unit"], " ×")
+        spread = f" ({row['low']:.3g} to {row['high']:.3g})" if "low" in row else ""
+        rates = f"{_short(row['rate'])} / {_short(row['their rate'])} {row['unit']}" if "rate" in row else figures.DASH
+        judged = f"{row['kNN difference']:+.1f} ± {row['standard error']:.1f}" if "kNN" in row else figures.DASH
+        return {"measure": row["measure"], "value": f"{row['ratio']:.3g}{sign}{spread}",
+                "asked": f"{row['aim']:g}" if row.get("aim") else figures.DASH, "ours / theirs": rates,
+                "theirs": row.get("theirs", figures.DASH), "kNN, ours - theirs": judged}  # fmt: skip
+
+    return pd.DataFrame([shown(row) for each in record["rows"].values() for row in each])
+
+
+def _short(rate: float) -> str:
+    return f"{rate / 1e9:.3g} G" if rate >= 1e9 else f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _slug(hardware: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bagssl import bench, cli
+from bagssl import bench, cli, figures
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError
 
@@ -60,7 +60,9 @@ def test_rows_are_measured_shown_and_kept(tmp_path, capsys):
     (row,) = json.loads(path.read_text())["rows"]["coding-rate"]
     assert row["rounds"] == bench.ROUNDS and row["ratio"] > 0 and row["dataset"] == "synthetic" and "commit" in row
     assert "TCR" in capsys.readouterr().out
-    assert len(bench.table(json.loads(path.read_text()))) == 1
+    table = bench.table(json.loads(path.read_text()))
+    assert path.with_suffix(".md").read_text() == figures.markdown(table)
+    assert list(table["asked"]) == ["20"] and table["value"][0].startswith(f"{row['ratio']:.3g} × (")
 
 
 def test_both_sides_of_a_training_row_train(monkeypatch):
