@@ -110,6 +110,9 @@ def _experiment(folder: Path) -> dict[str, Any]:
     shown = [path for path in sorted(folder.glob("tables/*.md")) if not path.stem.startswith("claim_c")]
     images = [{**_embedded(path), **_about(path, story, ("png", "pdf"))} for path in pictures]
     tables = [{**_table(path, dataset, artefact), **_about(path, story, ("csv", "md", "tex"))} for path in shown]
+    spoken = {each["caption"] for each in images}
+    for each in tables:  # what is said below the figure of the same cell is not said again
+        each["caption"] = "" if each["caption"] in spoken else each["caption"]
     for each in (images, tables):
         each.sort(key=lambda item: item["place"])
     lines = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1))
