@@ -65,10 +65,11 @@ def embed_bags(
             before = total[-1]
             for k in ks:
                 if start < k <= start + len(h):
-                    bag = bags.setdefault(k, torch.empty(count, h.shape[2], device=h.device))
-                    bag[images] = total[k - start - 1] / k
+                    if k not in bags:
+                        bags[k] = torch.empty(count, h.shape[2], device=h.device)
+                    bags[k][images] = total[k - start - 1] / k
             update(done := done + h.shape[0] * h.shape[1], "")
-    return {k: bags[k].cpu() for k in ks}  # the only wait for the device
+    return {k: bags[k].cpu() for k in ks}  # but for the first batch's check, the only wait for the device
 
 
 def patch_embeddings(
