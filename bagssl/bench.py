@@ -238,7 +238,7 @@ def training(machine: Machine) -> Iterator[dict]:
             return _lightly_run(machine, machine.config(size, seed=seed), pictures, steps, workers)
 
         few = max(2, crops // (20 * machine.size["batch"]))
-        tried = {n: race({"": lambda n=n: bool(theirs(0, few, n))}, 0.0, 2)[""] for n in sorted({0, 1, machine.cores})}
+        tried = {n: race({"": lambda n=n, few=few, theirs=theirs: bool(theirs(0, few, n))}, 0.0, 2)[""] for n in sorted({0, 1, machine.cores})}
         workers = max(tried, key=lambda n: max(tried[n]))
         ways = {"bagssl": (ours, size), f"lightly, {workers} workers": (partial(theirs, workers=workers), size)}
         yield _judged(machine, f"training, {machine.size['encoder']} at {size} px", ways, crops, 0, aims.get(size))
