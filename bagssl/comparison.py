@@ -158,16 +158,17 @@ def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images
 
 
 def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """Evidence for claim C2, from `gains`: the largest patch-based bag over the multi-scale centre crop.
+    """Evidence for claim C2, from `gains`: the largest patch-based bag over the multi-scale centre crop and bag.
 
-    One row per objective and probe, as `claims.write_evidence` takes them; none when K = 0 was not measured.
+    One row per objective, probe and other side, as `claims.write_evidence` takes them; for the centre crop none when
+    K = 0 was not measured.
     """
-    arms = reading["first"].str.startswith("patch-based") & (reading["second"] == "multi-scale, centre crop")
-    rows = reading[arms]
+    rows = reading[reading["first"].str.startswith("patch-based") & reading["second"].str.startswith("multi-scale")]
+    crops = rows["second"] == "multi-scale, centre crop"
     return pd.DataFrame({
         "dataset": dataset,
         "setting": rows["objective"] + ", " + rows["probe"] + rows["first"].str.removeprefix("patch-based"),
-        "measure": "patch-based bag over multi-scale centre crop",
+        "measure": np.where(crops, "patch-based bag over multi-scale centre crop", "patch-based bag over multi-scale bag"),
         "value": rows["points"], "low": rows["low"], "high": rows["high"], "unit": "points",
     })  # fmt: skip
 

@@ -705,7 +705,8 @@ def refresh_notebooks(names: Sequence[str] = (), *, notebooks: Path | None = Non
     known = sorted(path.name for path in folder.glob("*.ipynb"))
     for name in names:
         if name not in known:
-            raise InputError(f"no notebook {name!r} in {folder}; {nearest(name, known)}")
+            stems = [each.removesuffix(".ipynb") for each in known]
+            raise InputError(f"no notebook {name!r} in {folder}; {nearest(name.removesuffix('.ipynb'), stems)}")
     board, kernels, worst = Board(), Kernels(), 0
     for name in names or known:
         with tempfile.TemporaryDirectory() as temporary, _sigterm_as_ctrl_c(), ThreadPoolExecutor(1) as pool:

@@ -223,6 +223,9 @@ def pretrain(
     """
     if len(images) < config.batch_size and config.epochs:
         raise InputError(f"{len(images)} images do not fill one batch of {config.batch_size}: lower batch_size")
+    steps_per_epoch = len(images) // config.batch_size
+    if config.epochs and not round(config.epochs * steps_per_epoch):
+        raise InputError(f"epochs = {config.epochs:g} of {steps_per_epoch} steps is not one step: raise epochs")
     device = torch.device(pick_device(device))
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
@@ -290,8 +293,6 @@ def _train(
 ) -> None:
     steps_per_epoch = len(images) // config.batch_size
     steps = round(config.epochs * steps_per_epoch)
-    if config.epochs and not steps:
-        raise InputError(f"epochs = {config.epochs:g} of {steps_per_epoch} steps is not one step: raise epochs")
     crops_per_step = config.batch_size * config.views
     log_every = max(1, steps // 200)
 

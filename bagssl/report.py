@@ -75,6 +75,7 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
         own = evidence[evidence["experiment"] == each["name"]]
         pairs = dict.fromkeys(zip(own["claim"], own["dataset"], strict=True))
         each["decides"] = [(*pair, decided[pair]) for pair in pairs]
+        each["badges"] = list(dict.fromkeys((claim, verdict) for claim, _, verdict in each["decides"]))
     found.sort(key=lambda each: (each["notebook"], each["name"]))
     return {"name": name, "claims": cards, "experiments": found, "hardware": sorted({e["hardware"] for e in found})}
 
@@ -131,7 +132,7 @@ def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict
     found = {suffix: path.with_suffix(f".{suffix}") for suffix in suffixes}
     files = {suffix: "/".join(each.parts[-3:]) for suffix, each in found.items() if each.exists()}
     captions = [*story["captions"].items(), ("*", "")]
-    place, caption = next((i, words) for i, (name, words) in enumerate(captions) if fnmatchcase(path.stem, name))
+    place, caption = next((i, words) for i, (name, words) in enumerate(captions) if fnmatchcase(f"{path.parent.name}/{path.stem}", name))
     return {"name": path.stem, "place": place, "caption": _inline(caption), "files": files}
 
 
@@ -218,8 +219,9 @@ def _story(notebook: Path) -> dict[str, Any]:
         if cell["cell_type"] == "markdown":
             texts = [source]
         else:
-            for name in re.findall(r'(?:save_figure|write_table)\(.*?\boutput, f?"([^"]+)"', source, re.DOTALL):
-                waiting.append(re.sub(r"\{.*?\}", "*", name))  # its caption comes next, or is what came before
+            for kind, name in re.findall(r'(save_figure|write_table)\(.*?\boutput, f?"([^"]+)"', source, re.DOTALL):
+                folder = "figures" if kind == "save_figure" else "tables"
+                waiting.append(f"{folder}/" + re.sub(r"\{.*?\}", "*", name))  # its caption comes next, or came before
                 found["captions"].setdefault(waiting[-1], before)
             texts = ["".join(each["data"]["text/markdown"]) for each in cell.get("outputs", [])
                      if "text/markdown" in each.get("data", {})]  # fmt: skip
@@ -228,7 +230,7 @@ def _story(notebook: Path) -> dict[str, Any]:
                 found["title"] = paragraph.removeprefix("# ")
             elif paragraph.startswith("#"):
                 before, waiting, saying = "", [], bool(re.match(r"#+ What it says", paragraph))
-            elif re.match(r"\*[^*]", paragraph) and waiting:
+            elif re.match(r"\*[^*]", paragraph):
                 found["captions"] |= dict.fromkeys(waiting, paragraph.strip("* "))
                 waiting = []
             elif not paragraph.startswith("|"):

@@ -361,6 +361,7 @@ def test_patches_on_a_grid_are_different_cells_of_their_image(images):
 def test_less_than_one_step_is_refused(images, tmp_path):
     with pytest.raises(InputError, match="not one step"):
         train(images, tmp_path, epochs=0.05)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def accuracies() -> pd.DataFrame:
 
 def write_experiment(results: Path, profile: str, name: str, dataset: str = "cifar10") -> Path:
     folder = results / profile / name
-    claims.write_evidence(folder, "C2", pd.DataFrame([{**GOOD, "dataset": dataset, "setting": HOSTILE}]))
+    good = [{**GOOD, "measure": each.measure, "dataset": dataset, "setting": HOSTILE} for each in claims.CLAIMS["C2"].conditions]
+    claims.write_evidence(folder, "C2", pd.DataFrame(good))
     figures.write_table(accuracies(), folder, "accuracy")
     (folder / "figures").mkdir()
     Image.new("RGB", (1400, 700), "red").save(folder / "figures/curve.png")
@@ -153,7 +154,8 @@ def test_title_captions_and_reading_come_from_the_executed_notebook(tmp_path):
     (tmp_path / "one.ipynb").write_text(story())
     found = report._story(tmp_path / "one.ipynb")
     assert found["title"] == f"A title {HOSTILE}" and found["claim"] == f"The claim {HOSTILE} in a sentence."
-    assert found["captions"]["curve"].startswith("What to see") and found["captions"]["accuracy"] == "Accuracy in per cent."
+    assert found["captions"]["figures/curve"].startswith("What to see")
+    assert found["captions"]["tables/accuracy"] == "Accuracy in per cent."
     assert found["says"].startswith("- one: **+3.0 points**") and "not of the reading" not in found["says"]
     for damaged in ("", "{}", "[1]", '{"cells": []}'):  # the page then does without
         (tmp_path / "one.ipynb").write_text(damaged)
