@@ -39,7 +39,7 @@ ROUNDS = 5
 
 # What a machine is asked to do. crops: of a training run; product: side of the matrices; images: that are embedded;
 # seconds: of a round; judged and probed: training and test images; coding rate: V, B, D.
-CPU = {"encoder": "resnet10", "width": 16, "crops": {16: 51200, 32: 15360}, "batch": 128, "product": 2048,
+CPU = {"encoder": "resnet10", "width": 16, "crops": {16: 25600, 32: 10240}, "batch": 128, "product": 2048,
        "images": 64, "seconds": 1.0, "judged": (10_000, 2_000), "probed": (50_000, 10_000),
        "coding rate": (20, 100, 1024)}  # fmt: skip
 CUDA = {"encoder": "resnet18", "width": 64, "crops": {32: 409600}, "batch": 512, "product": 8192,
@@ -215,7 +215,7 @@ def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, 
 
 def _accuracy(machine: Machine, encoder: nn.Module, size: int, k: int) -> float:
     """kNN accuracy in per cent of bags of k (0: the centre crops) of some of the test images."""
-    train, test = (images.take(torch.arange(min(len(images), count)))
+    train, test = (data.subset(images, min(len(images), count))
                    for images, count in zip((machine.train, machine.test), machine.size["judged"], strict=True))
     h = [bags.embed_bags(encoder, images.pixels, [k], scale=0.25, size=size, device=machine.device)[k]
          for images in (train, test)]  # fmt: skip
@@ -508,7 +508,7 @@ def probing(machine: Machine) -> Iterator[dict]:
     """Seconds for a probe of 50,000 training and 10,000 test images x 512: rectified random projections of pixels."""
     generator = torch.Generator().manual_seed(0)
     project = torch.randn(machine.train.pixels[0].numel(), 512, generator=generator) / 40
-    sides = [images.take(torch.arange(min(len(images), count)))
+    sides = [data.subset(images, min(len(images), count))
              for images, count in zip((machine.train, machine.test), machine.size["probed"], strict=True)]
     given = [tensor.to(machine.device) for side in sides
              for tensor in ((side.pixels.flatten(1).float() / 255 @ project).relu(), side.labels)]  # fmt: skip

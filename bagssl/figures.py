@@ -29,7 +29,7 @@ COLOURS = {"tcr": "#0072B2", "simclr": "#D55E00", "vicreg": "#009E73", "byol": "
 OTHERS = ("#8C564B", "#5B5B9A", "#4D4D4D")
 GREY = "#7F7F7F"
 TITLES = {"tcr": "TCR", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL", "barlow": "Barlow Twins", "moco": "MoCo v3",
-          "knn": "kNN", "linear": "Linear probe"}  # fmt: skip
+          "none": "untrained", "knn": "kNN", "linear": "Linear probe"}  # fmt: skip
 LINES = {"patch-based": ("-", "o"), "multi-scale": ((0, (4, 1.5)), "s"), "untrained": ("-", "D")}
 DASH = "–"
 
@@ -48,7 +48,7 @@ def style() -> None:
 
 def colour(objective: str, training: str = "patch-based") -> str:
     """The colour of an objective, the same in every figure; grey for what is untrained."""
-    if training == "untrained":
+    if training == "untrained" or objective == "none":
         return GREY
     return COLOURS.get(objective) or OTHERS[sum(objective.encode()) % len(OTHERS)]
 
