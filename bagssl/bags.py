@@ -134,6 +134,8 @@ def _prepare(
     batch = BATCH.get(device.type, BATCH["cuda"]) if batch is None else batch
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # but for the last batch, one shape
     plain = copy.deepcopy(encoder).eval().to(device, memory_format=torch.channels_last)
     folded = fold_batch_norm(plain)
     checked = False

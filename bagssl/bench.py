@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import resource
 import subprocess
@@ -30,37 +31,43 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bagssl import bags, data, figures, objectives, patches, pretraining, probes, runs
 from bagssl.encoders import build_encoder, build_projector
-from bagssl.errors import InputError
+from bagssl.errors import InputError, Stopped
 from bagssl.paths import results_root, write_atomically
 from bagssl.pretraining import PretrainConfig
 
-Work = Callable[[], int]  # does a piece of work; how many units it was
+Work = Callable[[], int | tuple[int, float]]  # does a piece of work; how many units it was, and seconds by its own clock
 ROUNDS = 5
 
-# What a machine is asked to do. crops: of a training run; product: side of the matrices; images: that are embedded;
-# seconds: of a round; judged and probed: training and test images; coding rate: V, B, D.
+# What a machine is asked to do. crops: of a training run; product: side of the matrices; cut, embedded, bagged: images
+# to augment, to embed with 16 patches, and with 256 by the plain way too; whole: images to embed with 256; seconds: of
+# a round; judged and probed: training and test images; coding rate: V, B, D.
 CPU = {"encoder": "resnet10", "width": 16, "crops": {16: 25600, 32: 10240}, "batch": 128, "product": 2048,
-       "images": 64, "seconds": 1.0, "judged": (10_000, 2_000), "probed": (50_000, 10_000),
-       "coding rate": (20, 100, 1024)}  # fmt: skip
+       "cut": 1024, "embedded": 64, "bagged": 64, "whole": 256, "seconds": 1.0, "judged": (10_000, 2_000),
+       "probed": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
 CUDA = {"encoder": "resnet18", "width": 64, "crops": {32: 409600}, "batch": 512, "product": 8192,
-        "images": 2048, "seconds": 1.0, "judged": (50_000, 10_000), "probed": (50_000, 10_000),
-        "coding rate": (20, 100, 1024)}  # fmt: skip
-QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "images": 8, "seconds": 0.02, "judged": (500, 100), "probed": (200, 50),
-         "coding rate": (2, 10, 64)}  # fmt: skip
+        "cut": 4096, "embedded": 2048, "bagged": 64, "whole": 60_000, "seconds": 1.0, "judged": (50_000, 10_000),
+        "probed": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
+QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "cut": 128, "embedded": 8, "bagged": 8, "whole": 8, "seconds": 0.02,
+         "judged": (500, 100), "probed": (200, 50), "coding rate": (2, 10, 64)}  # fmt: skip
 
 
 def race(works: Mapping[str, Work], seconds: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Units per second of each work in each round: one call to warm up, then calls for `seconds` at least, in turns."""
+    def timed(work: Work) -> tuple[int, float]:
+        _synchronise()
+        begun, done = time.perf_counter(), work()
+        _synchronise()
+        return done if isinstance(done, tuple) else (done, time.perf_counter() - begun)
+
     for work in works.values():
         work()
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            _synchronise()
-            begun, units = time.perf_counter(), 0
-            while (elapsed := time.perf_counter() - begun) < seconds or not units:
-                units += work()
-                _synchronise()
+            units, elapsed = 0, 0.0
+            while elapsed < seconds or not units:
+                done, took = timed(work)
+                units, elapsed = units + done, elapsed + took
             rates[name].append(units / elapsed)
     return rates
 
@@ -140,23 +147,31 @@ def _loader(machine: Machine, pictures: _Pictures, batch: int, workers: int) -> 
                                        persistent_workers=workers > 0, pin_memory=machine.device.type == "cuda")
 
 
+def _fastest(machine: Machine, work: Callable[[int], int]) -> int:
+    """The number of a loader's workers with which `work` is fastest here."""
+    counts = (0, 1, machine.cores) if machine.cores <= 4 else (machine.cores // 2, machine.cores)
+    rates = {workers: max(race({"": partial(work, workers)}, 0.0, 2)[""]) for workers in counts}
+    return max(rates, key=rates.get)
+
+
 def _peer(machine: Machine, images: data.Images, transform: Callable, views: int) -> tuple[str, Work]:
-    """A pass over the images by the worker count that is fastest here."""
-    pictures, best = _Pictures(images, transform), ("", 0.0, lambda: 0)
-    for workers in sorted({0, 1, machine.cores}):
-        loader = _loader(machine, pictures, 64, workers)
+    """A pass over the images by a loader with the best number of workers."""
+    pictures, loaders = _Pictures(images, transform), {}
 
-        def work(loader=loader) -> int:
-            return views * 64 * sum(1 for _ in loader)
+    def work(workers: int) -> int:
+        if workers not in loaders:
+            loaders[workers] = _loader(machine, pictures, 64, workers)
+        return views * 64 * sum(1 for _ in loaders[workers])
 
-        rate = race({"": work}, 0.0, 2)[""][-1]
-        best = max(best, (f"{workers} workers", rate, work), key=lambda each: each[1])
-    return best[0], best[2]
+    workers = _fastest(machine, work)
+    for other in set(loaders) - {workers}:
+        del loaders[other]  # and with it its processes
+    return f"{workers} workers", partial(work, workers)
 
 
 def augmentation(machine: Machine) -> Iterator[dict]:
     """Crops per second of the whole machine, ours against torchvision's and lightly's per-image pipelines on PIL."""
-    images = machine.train.take(torch.arange(min(len(machine.train), 16 * machine.size["images"])))
+    images = machine.train.take(torch.arange(min(len(machine.train), machine.size["cut"])))
     pixels, generator = images.pixels.to(machine.device), torch.Generator(machine.device)
     for size, aim in ((16, 10), (32, 4)):
         fixed, multi = machine.config(size, training="patch-based").augmentation(), machine.config(size)
@@ -238,8 +253,7 @@ def training(machine: Machine) -> Iterator[dict]:
             return _lightly_run(machine, machine.config(size, seed=seed), pictures, steps, workers)
 
         few = max(2, crops // (20 * machine.size["batch"]))
-        tried = {n: race({"": lambda n=n, few=few, theirs=theirs: bool(theirs(0, few, n))}, 0.0, 2)[""] for n in sorted({0, 1, machine.cores})}
-        workers = max(tried, key=lambda n: max(tried[n]))
+        workers = _fastest(machine, lambda n, few=few, theirs=theirs: bool(theirs(0, few, n)))
         ways = {"bagssl": (ours, size), f"lightly, {workers} workers": (partial(theirs, workers=workers), size)}
         yield _judged(machine, f"training, {machine.size['encoder']} at {size} px", ways, crops, 0, aims.get(size))
 
@@ -256,10 +270,15 @@ def native_size(machine: Machine) -> Iterator[dict]:
 
 
 def _trained(machine: Machine, config: PretrainConfig, steps: int) -> nn.Module:
+    return _run(machine, config, steps)[1]
+
+
+def _run(machine: Machine, config: PretrainConfig, steps: int) -> tuple[float, nn.Module]:
+    """Seconds from the first step to the last, and the encoder."""
     config = replace(config, epochs=steps / (len(machine.train) // config.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         run = pretraining.pretrain(config, machine.train, Path(folder), progress=False)
-        return pretraining.load_encoder(run, machine.device)
+        return run.metrics["seconds"], pretraining.load_encoder(run, machine.device)
 
 
 def _judged(machine: Machine, measure: str, ways: Mapping[str, tuple[Callable[[int, int], nn.Module], int]], crops: int,
@@ -315,15 +334,16 @@ def _product(machine: Machine) -> Work:
 
 
 def _steps(machine: Machine, config: PretrainConfig, count: int) -> Work:
-    """A run of `count` steps, a new seed each time; crops."""
-    seeds = iter(range(10**9))
-    epochs = count / (len(machine.train) // config.batch_size)
+    """A run of `count` steps, a new seed each time: crops, and the seconds from the first step to the last.
 
-    def work() -> int:
-        with tempfile.TemporaryDirectory() as folder:
-            mine = replace(config, seed=next(seeds), epochs=epochs)
-            pretraining.pretrain(mine, machine.train, Path(folder), progress=False)
-        return count * config.views * config.batch_size
+    It logs as rarely as a long run does: a log waits for the device.
+    """
+    seeds = iter(range(10**9))
+
+    def work() -> tuple[int, float]:
+        with mock.patch.object(pretraining, "LOGS", 10):
+            seconds, _ = _run(machine, replace(config, seed=next(seeds)), count)
+        return count * config.views * config.batch_size, seconds
 
     return work
 
@@ -337,10 +357,15 @@ def utilisation(machine: Machine) -> Iterator[dict]:
 
 def _shares(machine: Machine, config: PretrainConfig) -> Iterator[dict]:
     kind, encoder = str(machine.dtype).removeprefix("torch."), build_encoder(config.encoder, config.width)
-    pixels, work = machine.train.pixels[: machine.size["images"]], {f"{kind} product": _product(machine)}
+    pixels, work = machine.train.pixels[: machine.size["embedded"]], {f"{kind} product": _product(machine)}
     step, embed = _steps(machine, config, _count(machine, config)), _embed(machine, encoder, pixels, 16, config.size)
     per_step, per_crop = _flops(config, backward=True), _flops(config, backward=False)
-    work |= {"training": lambda: int(step() * per_step), "embedding": lambda: int(embed() * per_crop)}
+
+    def operations() -> tuple[int, float]:
+        crops, seconds = step()
+        return int(crops * per_step), seconds
+
+    work |= {"training": operations, "embedding": lambda: int(embed() * per_crop)}
     rates = machine.race(work)
     (kind, by), *ours = rates.items()
     aims = (0.30, 0.40) if machine.device.type == "cuda" else (None, None)
@@ -352,9 +377,9 @@ def _shares(machine: Machine, config: PretrainConfig) -> Iterator[dict]:
 def _fresh(machine: Machine, config: PretrainConfig) -> dict:
     kept: dict[int, Tensor] = {}
 
-    def cached(batch: Tensor, views: int, a: patches.Augmentation, generator: torch.Generator) -> Tensor:
+    def cached(batch: Tensor, *how: Any) -> Tensor:
         if len(batch) not in kept:
-            kept[len(batch)] = patches.augment(batch, views, a, generator)
+            kept[len(batch)] = patches.augment(batch, *how)
         return kept[len(batch)]
 
     fresh = _steps(machine, config, _count(machine, config))
@@ -370,7 +395,26 @@ def _fresh(machine: Machine, config: PretrainConfig) -> dict:
 
 def _count(machine: Machine, config: PretrainConfig) -> int:
     """Steps of a run that is short, but long against its beginning and end."""
-    return max(2, machine.size["crops"][config.size] // (10 * config.views * config.batch_size))
+    return max(2, machine.size["crops"][config.size] // (4 * config.views * config.batch_size))
+
+
+def compiled(machine: Machine) -> Iterator[dict]:
+    """Training with what `torch.compile` makes of a step, against the same as it stands; compiling does not count."""
+    size = min(machine.size["crops"])
+    config = machine.config(size)
+    work = _steps(machine, config, _count(machine, config))
+
+    def under(name: str) -> Work:
+        def do() -> int:
+            with mock.patch.dict(os.environ, BAGSSL_COMPILE=name):
+                return work()
+        return do
+
+    for name in pretraining.COMPILED[1:]:
+        if name == "graphs" and machine.device.type != "cuda":
+            continue
+        rates = machine.race({f"compiled: {name}": under(name), "as it stands": under("none")})
+        yield compared(f"training at {size} px, compiled: {name}", rates, "crops/s")
 
 
 # ---- 5. aggregation
@@ -391,7 +435,7 @@ def aggregation(machine: Machine) -> Iterator[dict]:
     from torchvision.transforms import functional as F
 
     ks, size = (1, 4, 16, 64, 256), min(machine.size["crops"])
-    pixels = machine.train.pixels[: machine.size["images"]]
+    pixels = machine.train.pixels[: machine.size["bagged"]]
     encoder = build_encoder(machine.size["encoder"], machine.size["width"]).to(machine.device).eval()
     stock = _stock(copy.deepcopy(encoder))
     side = patches.native_size(0.25, *pixels.shape[2:])
@@ -409,6 +453,10 @@ def aggregation(machine: Machine) -> Iterator[dict]:
 
     rates = machine.race({"bagssl": _embed(machine, encoder, pixels, ks[-1], size), "a pass for each K": plain})
     yield compared(f"bags up to K = {ks[-1]} at {size} px", rates, "crops/s", 1.3)
+    pixels = torch.cat([machine.train.pixels, machine.test.pixels])[: machine.size["whole"]]
+    seconds = [len(pixels) * ks[-1] / rate for rate in race({"": _embed(machine, encoder, pixels, ks[-1], size)}, 0.0, 1)[""]]
+    yield {"measure": f"{len(pixels):,} images, {ks[-1]} patches of each at {size} px", "unit": "s", "ratio": seconds[0], "rounds": 1,
+           "most": 90 if machine.device.type == "cuda" else None}  # fmt: skip
 
 
 # ---- 6. the coding rate
@@ -442,9 +490,14 @@ def _exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
+def _once(work: Work) -> int | tuple[int, float]:
+    done = work()
+    return (1, done[1]) if isinstance(done, tuple) else 1
+
+
 def growth(machine: Machine) -> Iterator[dict]:
     """Time as the work grows, with the exponent of a power law through it."""
-    size, images = min(machine.size["crops"]), machine.size["images"]
+    size, images = min(machine.size["crops"]), machine.size["embedded"]
     config = machine.config(size)
     encoder = build_encoder(config.encoder, config.width)
 
@@ -467,7 +520,7 @@ def growth(machine: Machine) -> Iterator[dict]:
         "TCR, D (B = 100, V = 20)": {d: tcr(20, d) for d in (256, 512, 1024)},
     }  # fmt: skip
     for name, works in cases.items():
-        calls = {n: lambda work=work: bool(work()) for n, work in works.items()}
+        calls = {n: partial(_once, work) for n, work in works.items()}
         seconds = {n: [1 / rate for rate in rates] for n, rates in race(calls, 0.0).items()}
         exponents = [_exponent(list(works), each) for each in zip(*seconds.values(), strict=True)]
         yield {"measure": f"{name}: time ~ size^c", "unit": "c", "ratio": float(np.median(exponents)), "low": min(exponents),
@@ -476,7 +529,7 @@ def growth(machine: Machine) -> Iterator[dict]:
 
 
 def memory(machine: Machine) -> Iterator[dict]:
-    """Peak memory of a process of its own: of runs of one and four times the steps, of bags of 16 and 256."""
+    """Peak memory that the work adds to a process of its own: runs of one and four times the steps, bags of 16 and 256."""
     for name, small, large in (("training, steps", 16, 64), ("embedding, K", 16, 256)):
         peaks = [_peak(machine, name, n) for n in (large, small)]
         yield {"measure": f"{name}: peak memory, {large} over {small}", "unit": "MiB", "ours": str(large),
@@ -493,12 +546,28 @@ def _alone(dataset: str, quick: str, name: str, n: str) -> None:
     machine = Machine(dataset, bool(quick))
     config = machine.config(min(machine.size["crops"]))
     if name.startswith("training"):
-        _steps(machine, config, int(n))()
+        work = _steps(machine, config, int(n))
     else:
-        pixels = machine.train.pixels[: machine.size["images"]]
-        _embed(machine, build_encoder(config.encoder, config.width), pixels, int(n), config.size)()
-    cuda = torch.cuda.max_memory_allocated() / 2**20 if machine.device.type == "cuda" else 0
-    print(cuda or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        pixels = machine.train.pixels[: machine.size["embedded"]]
+        work = _embed(machine, build_encoder(config.encoder, config.width), pixels, int(n), config.size)
+    before = _memory(machine)
+    work()
+    print(_memory(machine, peak=True) - before)
+
+
+def _memory(machine: Machine, peak: bool = False) -> float:
+    """MiB now, from where on the peak counts; or the peak since then. Without /proc the peak of the whole process."""
+    if machine.device.type == "cuda":
+        if peak:
+            return torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    with contextlib.suppress(OSError):
+        if not peak:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM" if peak else "VmRSS"].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 if peak else 0.0
 
 
 # ---- the probes
@@ -521,30 +590,38 @@ def probing(machine: Machine) -> Iterator[dict]:
 # ---- all of it
 
 ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
-    "augmentation": augmentation, "training": training, "native-size": native_size, "utilisation": utilisation, "aggregation": aggregation,
-    "coding-rate": coding_rate, "growth": growth, "memory": memory, "probes": probing,
+    "augmentation": augmentation, "training": training, "native-size": native_size, "utilisation": utilisation,
+    "aggregation": aggregation, "coding-rate": coding_rate, "growth": growth, "memory": memory, "probes": probing, "compiled": compiled,
 }  # fmt: skip
 
 
-def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = False,
-          output: Path | None = None) -> Path:
+def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = False, output: Path | None = None,
+          time_limit: float | None = None) -> Path:
     """Measure the rows `names` (none: all), show them as they come, and write results/bench/<machine>.json, and .md to read.
 
     quick: sizes that only show that everything runs; nothing is kept then but under `output`. Rows that are not
-    measured again stay as they stand in the file. Raises InputError for a row that does not exist.
+    measured again stay as they stand in the file. time_limit: seconds after which no further row is begun; rows that
+    this very code measured before are then left out, so that a repeated call gets to the end. Raises Stopped when rows
+    are left, InputError for a row that does not exist.
     """
+    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     if wrong := [name for name in names if name not in ROWS]:
         raise InputError(f"no row {wrong[0]!r} in the bench: choose among {', '.join(ROWS)}")
     machine = Machine(dataset, quick)
     made = runs.provenance()
     path = Path(output) if output else results_root() / "bench" / f"{_slug(made['hardware'])}.json"
     record = {"rows": {}} if not path.exists() else runs.read_json(path)
-    for name in names or ROWS:
-        record["rows"][name] = []
+    todo = list(names or ROWS)
+    if time_limit is not None and made["commit"] and not made["dirty"] and (output or not quick):
+        todo = [name for name in todo if {made["commit"]} != {row["commit"] for row in record["rows"].get(name, [])}]
+    for i, name in enumerate(todo):
+        if time.monotonic() > deadline:
+            raise Stopped(f"bench: the time is up, {', '.join(todo[i:])} left; the next call with a time limit goes on from there")
+        made_by, found = {key: made[key] for key in ("commit", "dirty", "time", "versions")}, []
         for row in ROWS[name](machine):
-            made_by = {key: made[key] for key in ("commit", "dirty", "time", "versions")}
-            record["rows"][name].append({**row, "dataset": machine.dataset, **made_by})
+            found.append({**row, "dataset": machine.dataset, **made_by})
             print(line(row), flush=True)
+        record["rows"][name] = found
         record |= {"hardware": made["hardware"], "precision": str(machine.dtype).removeprefix("torch.")}
         if output or not quick:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -558,7 +635,7 @@ def line(row: Mapping[str, Any]) -> str:
     """One row for a terminal."""
     spread = f" ({row['low']:.3g} to {row['high']:.3g})" if "low" in row else ""
     rates = f": {row['rate']:.4g} over {row['their rate']:.4g} {row['unit']} ({row['theirs']})" if "rate" in row else ""
-    aim = f", aim {row['aim']:g}" if row.get("aim") else ""
+    aim = f", asked {_asked(row)}" if _asked(row) != figures.DASH else ""
     equal = (f"; kNN {row['kNN']:.1f} and {row['their kNN']:.1f}, difference {row['kNN difference']:+.2f} ± "
              f"{row['standard error']:.2f}") if "kNN" in row else ""  # fmt: skip
     return f"{row['measure']}: {row['ratio']:.3g}{spread}{aim}{rates}{equal}"
@@ -572,10 +649,14 @@ def table(record: Mapping[str, Any]) -> pd.DataFrame:
         rates = f"{_short(row['rate'])} / {_short(row['their rate'])} {row['unit']}" if "rate" in row else figures.DASH
         judged = f"{row['kNN difference']:+.1f} ± {row['standard error']:.1f}" if "kNN" in row else figures.DASH
         return {"measure": row["measure"], "value": f"{row['ratio']:.3g}{sign}{spread}",
-                "asked": f"{row['aim']:g}" if row.get("aim") else figures.DASH, "ours / theirs": rates,
+                "asked": _asked(row), "ours / theirs": rates,
                 "theirs": row.get("theirs", figures.DASH), "kNN, ours - theirs": judged}  # fmt: skip
 
     return pd.DataFrame([shown(row) for each in record["rows"].values() for row in each])
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    return f"{row['aim']:g}" if row.get("aim") else f"≤ {row['most']:g}" if row.get("most") else figures.DASH
 
 
 def _short(rate: float) -> str:

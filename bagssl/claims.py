@@ -21,7 +21,7 @@ import pandas as pd
 from bagssl import figures
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
-from bagssl.runs import read_json
+from bagssl.runs import machine, read_json
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
@@ -182,10 +182,8 @@ def experiment_folders(results: Path, profile: str) -> list[Path]:
 
 
 def hardware(folder: Path) -> str:
-    """What an experiment ran on: `AMD EPYC, 2 cores`."""
-    made = read_json(folder / "provenance.json").get("hardware") or {}
-    count = made.get("cores", "?")
-    return f"{made.get('gpu') or made.get('processor') or 'not recorded'}, {count} core{'' if count == 1 else 's'}"
+    """What an experiment ran on, as `runs.machine` names it."""
+    return machine(read_json(folder / "provenance.json").get("hardware") or {})
 
 
 def collect(results: Path, profile: str) -> pd.DataFrame:

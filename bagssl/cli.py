@@ -59,6 +59,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def reproduce(arguments: argparse.Namespace) -> int:
     from bagssl import experiments
 
+    if arguments.bare:
+        if arguments.jobs > 1 or arguments.fresh:
+            raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
+        return experiments.reproduce_bare(arguments.experiment, arguments.profile, assignments(arguments.set),
+                                          time_limit=arguments.time_limit)
     return experiments.reproduce(arguments.experiment, arguments.profile, assignments(arguments.set),
                                  jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
 
@@ -148,7 +153,7 @@ def report(arguments: argparse.Namespace) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     from bagssl.bench import bench
 
-    path = bench(arguments.row, arguments.dataset, arguments.quick)
+    path = bench(arguments.row, arguments.dataset, arguments.quick, time_limit=arguments.time_limit)
     print("quick sizes: nothing kept" if arguments.quick else os.path.relpath(path))
     return 0
 
@@ -172,6 +177,8 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--jobs", type=positive, default=1, metavar="N", help="notebooks side by side")
     made.add_argument("--fresh", action="store_true", help="execute even what is fresh")
     made.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+    made.add_argument("--bare", action="store_true",
+                      help="without Jupyter, in this process: trains and measures the models, on a box that only trains")
 
     command("list", list_experiments, "Show experiments: paper artefact, notebook, cost per profile, state.")
     command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
@@ -200,6 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("row", nargs="*", help="some of the measurements; none: all, in about half an hour")
     made.add_argument("--dataset", help="real images to use; by default cifar10 where it is at hand")
     made.add_argument("--quick", action="store_true", help="show that everything runs; nothing is kept")
+    made.add_argument("--time-limit", type=duration, metavar="TIME", help="begin no row after 9m; the next call goes on")
 
     made = command("notebooks", notebooks, "Execute notebooks/ with their defaults, in place.")
     made.add_argument("notebook", nargs="*", help="file names; none means all")

@@ -24,22 +24,25 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from filelock import FileLock, Timeout
 
-from bagssl.errors import InputError
+from bagssl.errors import InputError, Stopped
 from bagssl.paths import home, results_root, write_atomically
 
 PROFILES = ("smoke", "laptop", "paper")
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
 OVERTIME = 60.0  # seconds past the time limit before a notebook that takes no notice of it is interrupted
-_BESIDE = {"cli.py", "experiments.py", "report.py"}  # sources that run notebooks but cannot change what a notebook finds
+_BESIDE = {"bench.py", "cli.py", "experiments.py", "report.py"}  # sources that cannot change what a notebook finds
 
 
 @dataclass(frozen=True)
@@ -320,8 +323,8 @@ def _write(path: Path, content: Mapping) -> None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Every file of a result folder -> SHA-256; not status.json, which holds them."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "status.json")
+    """Every file of a result folder -> SHA-256; not status.json, which holds them, nor pages, which follow from notebooks."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "status.json" and path.suffix != ".html")
     return {path.relative_to(folder).as_posix(): _file_hash(path) for path in files}
 
 
@@ -581,6 +584,56 @@ def reproduce(
 
         print(f"All of it on one page: {os.path.relpath(write_report(results))}")
     return next((code for code in (130, 1, 2, 3) if code in {code for _, code in ended}), 0)
+
+
+def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
+                   time_limit: float | None = None, notebooks: Path | None = None) -> int:  # fmt: skip
+    """Execute the cells of experiments in this process, where there is no Jupyter: a box that only trains; the exit code.
+
+    What is kept are the models and their evaluations, in the store: with its folders, `reproduce` is quick elsewhere.
+    Tables and figures go to results/by-hand/. Stops as `reproduce` does; what was trained before is not trained again.
+    """
+    deadline = None if time_limit is None else time.time() + time_limit
+    chosen = choose(load_experiments(notebooks), names, profile)
+    stages = [plan(experiment, profile, overrides) for experiment in chosen]
+    worst = 0
+    for i, stage in enumerate(stages, 1):
+        title, begun = f"[{i}/{len(stages)}] {stage.experiment.name}", time.monotonic()
+        if deadline is not None:
+            if time.time() >= deadline:
+                raise Stopped("the time is up; run again to go on")
+            os.environ["BAGSSL_DEADLINE"] = f"{deadline:.3f}"
+        print(f"{title}: starts", flush=True)
+        try:
+            _run_cells(stage.experiment.notebook, stage.parameters)
+        except (InputError, Stopped):
+            raise
+        except Exception as error:  # noqa: BLE001 - the notebook's own; the other experiments may do better
+            at = next((f"{frame.filename}: " for frame in reversed(traceback.extract_tb(error.__traceback__))
+                       if frame.filename.startswith(stage.experiment.notebook.name)), "")
+            print(f"{title}: failed: {at}{error_line({'ename': type(error).__name__, 'evalue': error})}", file=sys.stderr)
+            worst = 1
+        else:
+            print(f"{title}: done in {time.monotonic() - begun:.0f} s", flush=True)
+    return worst
+
+
+def _run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """The code of a notebook as one script; what would be shown is not."""
+    import matplotlib.pyplot
+
+    matplotlib.use("Agg")
+    shown = types.ModuleType("IPython.display")
+    shown.__getattr__ = lambda name: lambda *what, **how: None
+    ipython = types.ModuleType("IPython")
+    ipython.display, ipython.get_ipython = shown, lambda: None
+    names: dict[str, Any] = {"__name__": "__main__", "display": shown.display}
+    with mock.patch.dict(sys.modules, {"IPython": ipython, "IPython.display": shown}):
+        for number, cell in enumerate((cell for cell in _cells(notebook) if cell["cell_type"] == "code"), 1):
+            exec(compile("".join(cell["source"]), f"{notebook.name}, cell [{number}]", "exec"), names)  # noqa: S102
+            if "parameters" in cell["metadata"].get("tags", []):
+                names.update(parameters)
+    matplotlib.pyplot.close("all")
 
 
 def _say(board: Board, title: str, text: str, *, error: bool = False) -> None:

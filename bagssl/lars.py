@@ -12,12 +12,15 @@ class LARS(Optimizer):
     You et al. 2017, eq. 6. As in lightly's LARS, a group without weight decay is not rescaled, nor a tensor whose
     norm or whose gradient's is zero. Here no norm is looked at on the way: a choice by `torch.where` needs no answer
     from the device, and all tensors of a group are updated together.
+
+    clip: a tensor's rate is the smaller of lr and the above, in place of their product (LARC; the published CIFAR
+    recipes of solo-learn and EMP-SSL have it so).
     """
 
     def __init__(self, params, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
-                 trust: float = 0.001, eps: float = 1e-8):
+                 trust: float = 0.001, clip: bool = False, eps: float = 1e-8):
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "trust": trust}
-        super().__init__(params, {**settings, "eps": eps})
+        super().__init__(params, {**settings, "clip": clip, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -45,7 +48,10 @@ class LARS(Optimizer):
 def _rescaled(params: list, grads: list, group: dict) -> list:
     p, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
     moved = (p != 0) & (g != 0)
-    rate = torch.where(moved, group["trust"] * p / (g + group["weight_decay"] * p + group["eps"]), 1.0)
+    rate = group["trust"] * p / (g + group["weight_decay"] * p + group["eps"])
+    if group["clip"]:
+        rate = (rate / max(group["lr"], 1e-30)).clamp(max=1)
+    rate = torch.where(moved, rate, 1.0)
     decay = torch.where(moved, group["weight_decay"] * rate, 0.0)
     steps = torch._foreach_mul(grads, list(rate.unbind()))
     torch._foreach_add_(steps, torch._foreach_mul(params, list(decay.unbind())))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -106,10 +106,12 @@ class Colour:
         return Colour(**{name: None if value is None else value[part] for name, value in vars(self).items()})
 
 
-def augment(pixels: Tensor, views: int, augmentation: Augmentation, generator: Generator) -> Tensor:
+def augment(pixels: Tensor, views: int, augmentation: Augmentation, generator: Generator,
+            colour_by: Callable[[Tensor, Colour], Tensor] | None = None) -> Tensor:
     """Cut and colour `views` random patches of each image.
 
-    pixels: uint8 [B, 3, H, W], on any device; generator: of the CPU or of that device.
+    pixels: uint8 [B, 3, H, W], on any device; generator: of the CPU or of that device; colour_by: `apply_colour`, or
+    the same compiled.
     Returns float32 [views, B, 3, size, size] in [0, 1], contiguous. Equally seeded generators give equal bits.
     Raises InputError when the pixels have another shape or type, or fewer cells of the grid than views.
     """
@@ -131,7 +133,7 @@ def augment(pixels: Tensor, views: int, augmentation: Augmentation, generator: G
     for part in _parts(count, 3 * (height * width if side is None else a.size**2), device):
         mirrored = None if flip is None else flip[part]
         cut = crop(pixels, boxes[part], a.size, mirrored, image=image[part], side=side)
-        patches[part] = apply_colour(cut, colour[part])
+        patches[part] = (colour_by or apply_colour)(cut, colour[part])
     return patches.view(views, batch, 3, a.size, a.size)
 
 
@@ -327,11 +329,18 @@ def apply_colour(patches: Tensor, colour: Colour) -> Tensor:
     if colour.grey is not None:
         patches.lerp_(_grey(patches)[:, None], _column(colour.grey))
     if colour.blur is not None:
-        patches = _blur(patches, colour.blur, colour.sigma)
+        some = _drawn(colour.blur)
+        patches[some] = _blur(patches[some], colour.blur[some], colour.sigma[some])
     if colour.solarise is not None:
-        turned = (patches >= SOLARISE_FROM) & colour.solarise[:, None, None, None]
-        patches.lerp_(1 - patches, turned.float())
+        some = _drawn(colour.solarise)
+        turned = (patches[some] >= SOLARISE_FROM) & colour.solarise[some, None, None, None]
+        patches[some] = patches[some].lerp(1 - patches[some], turned.float())
     return patches.clamp_(0, 1)  # blur and hue leave the range by a rounding error
+
+
+def _drawn(mine: Tensor) -> Tensor | slice:
+    """The patches that a change was drawn for; all of them on a device that would have to be waited for to know."""
+    return mine.nonzero()[:, 0] if mine.device.type == "cpu" else slice(None)
 
 
 def _jitter(patches: Tensor, colour: Colour) -> None:

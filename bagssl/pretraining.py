@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +26,14 @@ from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projec
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.lars import LARS
 from bagssl.objectives import OBJECTIVES, needs_target, spread
-from bagssl.patches import Augmentation, augment
+from bagssl.patches import Augmentation, apply_colour, augment
 from bagssl.progress import progress_bar
 from bagssl.runs import Run
 
 TRAININGS = ("patch-based", "multi-scale", "untrained")
 OPTIMISERS = ("sgd", "lars", "adamw")
-
+LOGS = 200  # rows of a run's history: each waits for the device
+COMPILED = ("none", "colours", "all", "graphs")
 
 _LATER = {"later": True}  # marks a setting that was added after the first runs
 
@@ -81,6 +82,8 @@ class PretrainConfig:
     teacher_momentum: float = 0.99  # of the averaged network of BYOL and MoCo, rising to 1 along a cosine
     options: Mapping[str, float] = field(default_factory=dict)  # the objective's own numbers, by name
     # added later: at its default such a setting is not in `to_dict`, so that runs made before it keep their keys
+    lars_trust: float = field(default=0.02, metadata=_LATER)
+    lars_clip: bool = field(default=False, metadata=_LATER)  # a tensor's rate is at most learning_rate, see LARS
     grid: int = field(default=0, metadata=_LATER)  # px: a patch's offsets are multiples of it, views differ; 0: anywhere
 
     def __post_init__(self):
@@ -123,6 +126,8 @@ class PretrainConfig:
             "patch_scale": self.training == "multi-scale",
             "grid": self.training == "multi-scale",
             "momentum": self.optimiser == "adamw",
+            "lars_trust": self.optimiser != "lars",
+            "lars_clip": self.optimiser != "lars",
             "teacher_momentum": not needs_target(self.objective),
         }
         return not unused.get(name, False)
@@ -141,6 +146,17 @@ class PretrainConfig:
         same = {f.name for f in dataclasses.fields(self) if f.metadata.get("later") and getattr(self, f.name) == f.default}
         values = {**dataclasses.asdict(self), "options": dict(sorted(self.options.items()))}
         return {name: value for name, value in values.items() if name not in same}
+
+    def steps(self, images: int) -> int:
+        """Optimiser steps of a run on so many images. Raises InputError when they do not make up one."""
+        if not self.epochs:
+            return 0
+        if images < self.batch_size:
+            raise InputError(f"{images} images do not fill one batch of {self.batch_size}: lower batch_size")
+        per_epoch = images // self.batch_size
+        if not (steps := round(self.epochs * per_epoch)):
+            raise InputError(f"epochs = {self.epochs:g} of {per_epoch} steps is not one step: raise epochs")
+        return steps
 
     @property
     def label(self) -> str:
@@ -179,6 +195,7 @@ _RANGES = [
     *((name, 0, 1) for name in ("jitter", "grey", "blur", "solarise", "flip", "momentum", "warmup", "teacher_momentum")),
     *((name, 1, 2**16) for name in ("width", "projector_hidden", "projector_dim")),
     ("learning_rate", 1e-12, 1e3),
+    ("lars_trust", 1e-6, 1e3),
     ("weight_decay", 0, 1e3),
 ]
 
@@ -189,11 +206,11 @@ def _typed(name: str, value: Any, kind: str) -> Any:
         return float(value)
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind == "str" and isinstance(value, str):
+    if kind in ("str", "bool") and isinstance(value, {"str": str, "bool": bool}[kind]):
         return value
     if kind.startswith("Mapping") and isinstance(value, Mapping):
         return {key: float(number) if isinstance(number, int) else number for key, number in value.items()}
-    wanted = {"float": "a finite number", "int": "a whole number", "str": "a word"}.get(kind, "a mapping of names to numbers")
+    wanted = {"float": "a finite number", "int": "a whole number", "str": "a word", "bool": "true or false"}.get(kind, "a mapping of names to numbers")
     raise InputError(f"{name} = {value!r} must be {wanted}")
 
 
@@ -209,6 +226,7 @@ def pretrain(
     *,
     device: str = "auto",
     precision: str = "auto",
+    compiled: str = "auto",
     time_limit: float | None = None,
     checkpoint_every: float = 60.0,
     progress: bool = True,
@@ -221,19 +239,16 @@ def pretrain(
     run that was never stopped, to the bit. Raises Diverged when a loss term is not finite or the projections collapse,
     InputError when there are fewer images than one batch holds.
     """
-    if len(images) < config.batch_size and config.epochs:
-        raise InputError(f"{len(images)} images do not fill one batch of {config.batch_size}: lower batch_size")
-    steps_per_epoch = len(images) // config.batch_size
-    if config.epochs and not round(config.epochs * steps_per_epoch):
-        raise InputError(f"epochs = {config.epochs:g} of {steps_per_epoch} steps is not one step: raise epochs")
+    config.steps(len(images))  # refused before a folder is made
     device = torch.device(pick_device(device))
+    compiled = pick_compiled(compiled, device)
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
         return run
     with runs.locked(run):
         if not run.finished:  # it may have been finished while we waited
             dtype = pick_precision(precision, device)
-            _train(config, images, run, device, dtype, _deadline(time_limit), checkpoint_every, progress)
+            _train(config, images, run, device, dtype, compiled, _deadline(time_limit), checkpoint_every, progress)
     return run
 
 
@@ -273,6 +288,28 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+def pick_compiled(name: str, device: torch.device) -> str:
+    """What `torch.compile` is to make of a step: 'none', the 'colours' of the crops, 'all': the networks as well, or
+    'graphs': all, replayed as CUDA graphs. 'auto' is what $BAGSSL_COMPILE says, else none.
+
+    Compiling takes a quarter of a minute for the colours and more for the networks; `bagssl bench compiled` shows what
+    it is worth on a machine. The results differ by rounding.
+    """
+    name = (os.environ.get("BAGSSL_COMPILE") or "none") if name == "auto" else name
+    if name not in COMPILED:
+        raise InputError(f"cannot compile '{name}': choose one of {', '.join(COMPILED)}")
+    if name == "graphs" and device.type != "cuda":
+        raise InputError("CUDA graphs need a GPU: compile 'all', or 'none'")
+    return name
+
+
+def _compiled(name: str) -> tuple[Callable, Callable]:
+    """The function that colours patches, and the one that embeds and projects them."""
+    mode = {"mode": "reduce-overhead"} if name == "graphs" else {}
+    colour = apply_colour if name == "none" else torch.compile(apply_colour)
+    return colour, torch.compile(_project, **mode) if name in ("all", "graphs") else _project
+
+
 def learning_rate_at(step: int, steps: int, config: PretrainConfig) -> float:
     """Linear warm-up over the first `warmup` of the steps, then half a cosine down to zero."""
     warm = config.warmup * steps
@@ -287,15 +324,17 @@ def _train(
     run: Run,
     device: torch.device,
     dtype: torch.dtype,
+    compiled: str,
     deadline: float,
     checkpoint_every: float,
     progress: bool,
 ) -> None:
-    steps_per_epoch = len(images) // config.batch_size
-    steps = round(config.epochs * steps_per_epoch)
+    steps_per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
     crops_per_step = config.batch_size * config.views
-    log_every = max(1, steps // 200)
+    log_every = max(1, steps // LOGS)
 
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # no shape changes from step to step
     model = _model(config).to(device, memory_format=torch.channels_last)
     followed = nn.ModuleList([model.encoder, model.projector])
     teacher = copy.deepcopy(followed) if needs_target(config.objective) else None
@@ -304,6 +343,7 @@ def _train(
     augmentation = config.augmentation()
     generator = torch.Generator(device)
     objective = OBJECTIVES[config.objective]
+    colour, project = _compiled(compiled)
 
     step, history, seconds, sums = 0, [], 0.0, {}
     state = runs.load_checkpoint(run, device)
@@ -331,16 +371,16 @@ def _train(
                 order, order_epoch = order.to(device, non_blocking=True), epoch
             batch = pixels[order[position * config.batch_size :][: config.batch_size]]
             # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
-            patches = augment(batch, config.views, augmentation, _seeded(config.seed, 1, step, generator))
+            patches = augment(batch, config.views, augmentation, _seeded(config.seed, 1, step, generator), colour)
 
             rate = learning_rate_at(step, steps, config)
             for group in optimiser.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 # the views go through in one pass and share their batch-norm statistics
-                z = model.project(patches)
+                z = model.project(patches, project)
                 with torch.no_grad():
-                    target = (_project(*teacher, patches),) if teacher is not None else ()
+                    target = (project(*teacher, patches),) if teacher is not None else ()
             terms = objective(z.float(), *(t.float() for t in target), **config.options)
             terms["spread"] = spread(z.detach())
             optimiser.zero_grad(set_to_none=True)
@@ -384,6 +424,7 @@ def _train(
         "seconds": round(seconds, 3),
     }
     settings = {"seed": config.seed, "data": images.fingerprint, "device": str(device), "precision": str(dtype).removeprefix("torch.")}
+    settings |= {"compiled": compiled} if compiled != "none" else {}
     runs.finish(run, model.state_dict(), history, metrics, {**runs.provenance(), **settings, "wall_seconds": round(seconds, 3)})
 
 
@@ -400,8 +441,8 @@ class _Model(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
 
-    def project(self, patches: Tensor) -> Tensor:
-        z = _project(self.encoder, self.projector, patches)
+    def project(self, patches: Tensor, project: Callable) -> Tensor:
+        z = project(self.encoder, self.projector, patches)
         return z if self.predictor is None else self.predictor(z.flatten(0, 1)).view_as(z)
 
 
@@ -431,8 +472,8 @@ def _optimiser(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimize
         return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     if config.optimiser == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
-    # 0.02 is the trust that the learning rates of the CIFAR recipes (solo-learn's) go with
-    return LARS(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0, trust=0.02)
+    return LARS(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
+                trust=config.lars_trust, clip=config.lars_clip)
 
 
 @torch.no_grad()

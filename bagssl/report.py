@@ -104,7 +104,11 @@ def _strip(claim: str, entry: dict[str, Any], rows: pd.DataFrame) -> dict[str, A
 
 
 def _experiment(folder: Path) -> dict[str, Any]:
-    made, story = read_json(folder / "provenance.json"), _story(folder / f"{folder.name}.ipynb")
+    made, notebook = read_json(folder / "provenance.json"), folder / f"{folder.name}.ipynb"
+    story, shown = _story(notebook), notebook.with_suffix(".html")
+    if story["title"] and not shown.exists():  # pages of committed results are not committed
+        with write_atomically(shown) as path:
+            path.write_text(notebook_page(notebook), encoding="utf-8")
     dataset = next(iter(made.get("data") or {}), "")
     artefact = folder.name.removesuffix(f"-{dataset}")
     pictures = sorted(folder.glob("figures/*.png"))

@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -188,6 +188,12 @@ def hardware() -> dict[str, Any]:
     """Processor, cores in use, and the GPU's name if there is one."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"processor": _processor(), "cores": torch.get_num_threads(), "gpu": gpu}
+
+
+def machine(hardware: Mapping[str, Any]) -> str:
+    """A name for recorded hardware: the GPU, or `AMD EPYC, 2 cores`."""
+    cores = hardware.get("cores", "?")
+    return hardware.get("gpu") or f"{hardware.get('processor') or 'not recorded'}, {cores} core{'s' * (cores != 1)}"
 
 
 def _processor() -> str:

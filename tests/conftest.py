@@ -17,6 +17,13 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 matplotlib.use("Agg")  # here alone: in MPLBACKEND it would take the figures from notebooks' kernels
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(request, tmp_path, monkeypatch):
     """Point BAGSSL_DATA, _RESULTS and _RUNS into a temporary folder, unless the test is marked `checkout`."""

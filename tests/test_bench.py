@@ -8,7 +8,7 @@ from torch import nn
 
 from bagssl import bench, cli, figures
 from bagssl.encoders import build_encoder
-from bagssl.errors import InputError
+from bagssl.errors import InputError, Stopped
 
 
 @pytest.fixture
@@ -34,6 +34,24 @@ def test_works_take_turns_and_are_counted_in_units_per_second(clock):
     assert calls == ["a", "b", *["a", "a", "b"] * 3]  # one of each to warm up
     row = bench.compared("this", rates, "crops/s", aim=2)
     assert (row["ratio"], row["low"], row["high"], row["rounds"]) == (4, 4, 4, 3) and row["ours"] == "a"
+
+
+def test_a_work_may_bring_its_own_clock(clock):
+    def work():
+        clock[0] += 100.0  # of which a tenth counts
+        return 5, 10.0
+
+    assert bench.race({"a": work}, 15.0, rounds=2) == {"a": [0.5] * 2}
+
+
+def test_memory_is_what_the_work_adds():
+    machine = bench.Machine("synthetic", quick=True)
+    before = bench._memory(machine)
+    held = torch.ones(2**25)
+    del held  # a peak, not what is left
+    assert 120 < bench._memory(machine, peak=True) - before < 160
+    before = bench._memory(machine)
+    assert bench._memory(machine, peak=True) - before < 20
 
 
 def test_a_ratio_is_the_median_over_rounds_with_its_spread():
@@ -77,6 +95,30 @@ def test_both_sides_of_a_training_row_train(monkeypatch):
 def test_both_probes_are_timed():
     rows = list(bench.probing(bench.Machine("synthetic", quick=True)))
     assert [row["measure"].split()[0] for row in rows] == ["kNN", "linear"] and all(row["ratio"] > 0 for row in rows)
+
+
+def test_out_of_time_it_stops_between_rows_and_goes_on_with_those_that_are_left(tmp_path, monkeypatch, capsys):
+    def rows(name):
+        def measure(machine):
+            capsys.readouterr()
+            yield {"measure": name, "unit": "s", "ratio": 1.0, "rounds": 1, "most": 90}
+            now[0] += 60
+        return measure
+
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bench, "ROWS", {name: rows(name) for name in "abc"})
+    made = {"commit": "1", "dirty": False, "time": "", "versions": {}, "hardware": {"gpu": "None at all"}}
+    monkeypatch.setattr(bench.runs, "provenance", lambda: made)
+    here = {"dataset": "synthetic", "quick": True, "output": tmp_path / "here.json", "time_limit": 100}
+    with pytest.raises(Stopped, match="c left; the next call"):
+        bench.bench(**here)
+    assert list(json.loads(here["output"].read_text())["rows"]) == ["a", "b"]
+    bench.bench(**here)
+    assert "c: 1, asked ≤ 90" in capsys.readouterr().out
+    made["commit"] = "2"  # other code: all of it again
+    with pytest.raises(Stopped, match="time is up, c left"):
+        bench.bench(**here)
 
 
 def test_a_row_that_does_not_exist_is_refused(capsys):

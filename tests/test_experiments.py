@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from bagssl import experiments
-from bagssl.errors import InputError
+from bagssl.errors import InputError, Stopped
 
 PARAMETERS = """name: str = "x"
 numbers: list[int] = [1, 4]  # several
@@ -275,3 +275,38 @@ def test_a_notebook_that_is_none_is_refused_in_one_line(content, tmp_path):
     with pytest.raises(InputError) as error:
         experiments.notebook_parameters(tmp_path / "n.ipynb")
     assert len(str(error.value).splitlines()) == 1
+
+
+BARE = """import bagssl.errors, pathlib
+from IPython.display import HTML, Markdown
+Markdown(filename="nowhere"); display(HTML(""))
+if not on: raise bagssl.errors.InputError("on must be on")
+if count == 13: 1 / 0
+if count == 14: raise bagssl.errors.Stopped("at crop 100")
+import os
+pathlib.Path(name).write_text(f"{count} {os.environ.get('BAGSSL_DEADLINE')}")"""
+
+
+def test_bare_needs_no_jupyter_and_has_the_same_ends(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks" / "bare.ipynb", [BARE])
+    entry = {"artefact": "none", "notebook": "bare.ipynb", "profiles": {"smoke": {"cost": "1 s", "parameters": {"count": 7}}}}
+    (tmp_path / "notebooks" / "experiments.yaml").write_text(yaml.safe_dump({"bare": entry}))
+    for name in ("papermill", "nbclient", "nbformat", "IPython", "ipykernel"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.delenv("BAGSSL_DEADLINE", raising=False)
+
+    def bare(time_limit=None, **overrides):
+        given = {"name": str(tmp_path / "made"), "on": True, **overrides}
+        return experiments.reproduce_bare(["bare"], "smoke", given, time_limit=time_limit, notebooks=tmp_path / "notebooks")
+
+    assert bare() == 0 and (tmp_path / "made").read_text() == "7 None" and sys.modules["IPython"] is None
+    assert bare(count=13) == 1
+    assert capsys.readouterr().err == "[1/1] bare: failed: bare.ipynb, cell [2]: ZeroDivisionError: division by zero\n"
+    for error, overrides in ((InputError, {"on": False}), (Stopped, {"count": 14})):
+        with pytest.raises(error):
+            bare(**overrides)
+    with pytest.raises(Stopped, match="time is up"):
+        bare(time_limit=-1)
+    monkeypatch.setenv("BAGSSL_DEADLINE", "")  # to be put back as it was
+    assert bare(time_limit=100) == 0 and float((tmp_path / "made").read_text().split()[1]) > time.time()

@@ -34,6 +34,24 @@ def test_steps_are_those_of_lightlys_lars(how):
     assert not torch.allclose(other[0], theirs[0])
 
 
+@pytest.mark.parametrize("lr", [0.3, 0.001, 0.0])
+def test_clipped_a_tensors_rate_is_the_smaller_of_the_two(lr):
+    """Against You et al.'s rate and the learning rate, tensor by tensor; the last tensor is not rescaled."""
+    generator = torch.Generator().manual_seed(0)
+    params, grads = ([torch.randn(4, 3, generator=generator, dtype=torch.float64) * size for size in (1, 30, 1)] for _ in "ab")
+    params[0] = params[0] * 0.1
+    ours = [p.clone().requires_grad_() for p in params]
+    for p, g in zip(ours, grads, strict=True):
+        p.grad = g.clone()
+    LARS([{"params": ours[:2], "weight_decay": 0.1}, {"params": ours[2:]}], lr, trust=0.02, clip=True).step()
+    decays, taken = (0.1, 0.1, 0.0), []
+    for p, g, decay, mine in zip(params, grads, decays, ours, strict=True):
+        own = 0.02 * p.norm() / (g.norm() + decay * p.norm()) if decay else torch.tensor(1.0)
+        taken.append(bool(own < lr))
+        torch.testing.assert_close(mine.detach(), p - min(own, lr) * (g + decay * p), rtol=1e-7, atol=1e-9)
+    assert any(taken[:2]) == (lr == 0.3)  # there the tensor's own rate decides, elsewhere lr does
+
+
 def test_it_goes_on_where_its_state_was_kept():
     def run(interrupted):
         generator = torch.Generator().manual_seed(1)

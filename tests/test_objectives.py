@@ -191,8 +191,7 @@ def test_objectives_do_not_depend_on_the_order_of_views_or_images(name):
     assert OBJECTIVES[name](mixed)["loss"] > loss
 
 
-@pytest.mark.parametrize("device", [
-    "cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_half_precision_projections_give_float32_losses(name, device):
     z = [projections(4, 64, 96, seed=seed, dtype=torch.float32).bfloat16() for seed in range(1 + needs_target(name))]

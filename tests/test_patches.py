@@ -254,6 +254,14 @@ def test_colour_leaves_its_input_and_the_patches_not_chosen_alone():
     assert torch.equal(patches, before) and torch.equal(out, before)
 
 
+def test_blur_and_solarise_of_those_drawn_alone_give_the_same_bits(monkeypatch):
+    a = Augmentation((0.25, 0.25), (1, 1), 16, blur=0.4, solarise=0.4)
+    pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=seeded())
+    some = augment(pixels, 4, a, seeded())
+    monkeypatch.setattr(P, "_drawn", lambda mine: slice(None))
+    assert torch.equal(augment(pixels, 4, a, seeded()), some)
+
+
 def test_the_blur_kernel_is_a_tenth_of_the_side():
     assert [P.blur_kernel(side) for side in (2, 16, 32, 64, 96, 224)] == [3, 3, 3, 7, 11, 23]
 
@@ -304,7 +312,7 @@ def test_views_lie_by_image_and_parts_do_not_matter(monkeypatch):
     close(augment(noise, 3, a, seeded()), whole, 2e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("ratio, size", [((1, 1), 16), ((1, 1), 32), ((3 / 4, 4 / 3), 32)])
 def test_a_gpu_gives_the_same_patches(ratio, size):
     a = Augmentation((0.25, 0.25), ratio, size, **FULL | {"solarise": 0.0})

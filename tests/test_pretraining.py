@@ -104,7 +104,7 @@ def on_meta(images, monkeypatch):
         recipe = {"size": 8, "width": 8, "batch_size": 16, "epochs": 2, "optimiser": "sgd", "weight_decay": 1e-4}
         config, few = PretrainConfig.from_dict({**recipe, **settings}), images.take(torch.arange(16))
         with copies:
-            pretraining._train(config, few, None, torch.device("meta"), torch.float32, math.inf, 1e9, False)
+            pretraining._train(config, few, None, torch.device("meta"), torch.float32, "none", math.inf, 1e9, False)
         return copies.waited
 
     return train
@@ -129,7 +129,7 @@ def test_a_step_that_waits_is_found(on_meta, monkeypatch):
         on_meta()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("optimiser", ["sgd", "lars", "adamw"])
 def test_no_step_waits_for_a_gpu(images, tmp_path, monkeypatch, optimiser):
     means = pretraining._means
@@ -153,6 +153,34 @@ def test_no_step_waits_for_a_gpu(images, tmp_path, monkeypatch, optimiser):
         train(images, tmp_path, device="cuda", training="multi-scale", optimiser=optimiser, blur=0.5, epochs=2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_is_compiled_trains_the_same_network(images, tmp_path, monkeypatch):
+    """What torch.compile is asked to make; what it makes of it, `bagssl bench compiled` runs."""
+    compiled, called = [], set()
+
+    def by(function, **how):
+        compiled.append(function.__name__)
+        return lambda *what: called.add(function.__name__) or function(*what)
+
+    monkeypatch.setattr(torch, "compile", by)
+    settings = {"objective": "byol", "blur": 0.5, "solarise": 0.2, "optimiser": "sgd", "epochs": 0.2}  # one step
+    plain = train(images, tmp_path / "plain", **settings)
+    assert not compiled and "compiled" not in plain.provenance
+    whole = train(images, tmp_path / "whole", **settings, compiled="all")
+    assert compiled == ["apply_colour", "_project"] and whole.provenance["compiled"] == "all" and whole.key == plain.key
+    assert called == set(compiled) and same_weights(whole, plain)
+    monkeypatch.setenv("BAGSSL_COMPILE", "colours")
+    train(images, tmp_path / "colours", **settings)
+    assert compiled[2:] == ["apply_colour"]
+
+
+@pytest.mark.parametrize("name, answer", [("everything", "choose one of none"), ("graphs", "need a GPU")])
+def test_what_cannot_be_compiled_is_refused_before_anything_is_made(images, tmp_path, monkeypatch, name, answer):
+    monkeypatch.setenv("BAGSSL_COMPILE", name)
+    with pytest.raises(InputError, match=answer):
+        train(images, tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_reused_and_its_key_has_no_hardware_in_it(images, tmp_path):
