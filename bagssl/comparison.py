@@ -185,7 +185,8 @@ def sentences(reading: pd.DataFrame) -> str:
     return "\n".join([f"Differences in points of accuracy, with the {how}:", "", *lines])
 
 
-def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images]) -> pd.DataFrame:
+def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images],
+               parameters: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """What made the results, as a table; the records of the runs (all but their weights) are copied to output/runs."""
     for run in trained:
         shutil.copytree(run.path, output / "runs" / run.path.name, dirs_exist_ok=True,
@@ -193,6 +194,7 @@ def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images
     made = runs.provenance()
     rows = {**made["versions"], **made["hardware"], "commit": made["commit"], "changed since": made["dirty"],
             **{f"{name} data": split.fingerprint[:16] for name, split in images.items()},
+            **{f"parameter {name}": str(value) for name, value in (parameters or {}).items()},
             "runs": ", ".join(run.path.name for run in trained), "time (UTC)": made["time"]}  # fmt: skip
     return pd.Series(rows, name="").to_frame()
 

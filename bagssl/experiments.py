@@ -239,6 +239,23 @@ def resolve(experiment: Experiment, profile: str, overrides: Mapping[str, Any]) 
     return {name: conform(name, value, known[name][1]) for name, value in given.items()}
 
 
+def check_parameters(names: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a running notebook, each in the type it is annotated with; `names` are its globals, changed in place.
+
+    Plain papermill passes what it cannot read as text (`-p on true`), and a misspelt name like any other. Raises
+    InputError, in one line, for a value that does not fit, or a name that papermill passed and that is no parameter.
+    """
+    known = {name: kind.__name__ if type(kind) is type else str(kind) for name, kind in names.get("__annotations__", {}).items()}
+    for source in names.get("In", ()):  # the history of the kernel
+        for node in ast.parse(source).body if source.lstrip().startswith("# Parameters") else ():
+            for target in getattr(node, "targets", ()):
+                if target.id not in known:
+                    raise InputError(f"there is no parameter {target.id!r}; {nearest(target.id, list(known))}")
+    found = {name: conform(name, names[name], kind) for name, kind in known.items()}
+    names.update(found)
+    return found
+
+
 # ---- freshness
 
 
