@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -11,6 +12,10 @@ from typing import Any, NoReturn
 
 from bagssl import __version__
 from bagssl.errors import Diverged, InputError, Stopped
+
+# What a disk refuses; any other OSError is a bug.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+         errno.EEXIST}  # fmt: skip
 
 # Every command imports what it needs when it runs: `bagssl --help` waits for no torch.
 
@@ -232,6 +237,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"{where}{error.strerror}; make room, or set BAGSSL_DATA, BAGSSL_RESULTS or BAGSSL_RUNS to a folder "
+                    "that can be written", 1)
 
 
 def _say(message: str, code: int) -> int:

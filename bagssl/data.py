@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from bagssl import synthetic
 from bagssl.errors import InputError
-from bagssl.paths import data_root, write_atomically
+from bagssl.paths import data_root, sweep, write_atomically
 
 SPLITS = ("train", "test")
 SIZES = range(8, 1025)  # what --size may be, in pixels
@@ -172,10 +172,11 @@ def get(name: str, root: Path | None = None, force: bool = False) -> str:
         raise _refusal(f"only {' and '.join(CIFAR)} can be downloaded: add {name!r} by {_how_to_add(name)}")
     if not force and _fingerprints(name, root):
         return f"{name} is already in {_cache(name, root)}: nothing to do"
-    folder = _root(root)
+    path = _cache(name, root)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as scratch:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)  # archives of downloads that were killed
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as scratch:
             splits = {split: _download(name, split, scratch) for split in SPLITS}
     except (OSError, RuntimeError, HTTPException) as error:  # no network, no answer, no disk; a wrong MD5
         raise _refusal(

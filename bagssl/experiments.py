@@ -504,19 +504,19 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float | None, kernels: Kern
         os.replace(old, stage.folder)  # a swap was cut short
     if not fresh and state(stage) == "fresh":
         return Outcome(0, "fresh")
-    if deadline is not None and time.time() >= deadline:
+    if deadline is not None and time.monotonic() >= deadline:
         return Outcome(3, "not started, the time is up; run again to go on")
     for path in (partial, old):
         shutil.rmtree(path, ignore_errors=True)
     partial.mkdir()
     say("starts")
-    begun, made_by = time.time(), _provenance(stage)
+    begun, made_by = time.monotonic(), _provenance(stage)
     environment = {"BAGSSL_OUTPUT": str(partial.resolve())}
     if deadline is not None:
-        environment["BAGSSL_DEADLINE"] = f"{deadline:.3f}"
+        environment["BAGSSL_DEADLINE"] = f"{time.time() + deadline - time.monotonic():.3f}"
     target = partial / f"{name}.ipynb"
     error = kernels.run(stage.experiment.notebook.resolve(), target, stage.parameters, environment)
-    seconds = time.time() - begun
+    seconds = time.monotonic() - begun
     if not error:
         (partial / "log.txt").unlink()
         made_by |= {"end": _iso(time.time()), "seconds": round(seconds, 1)}
@@ -527,7 +527,7 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float | None, kernels: Kern
         shutil.rmtree(failed, ignore_errors=True)
         return Outcome(0, f"done in {seconds:.0f} s")
 
-    overtime = -math.inf if deadline is None else time.time() - deadline
+    overtime = -math.inf if deadline is None else time.monotonic() - deadline
     # interrupted at the limit, or killed when it took no notice of that
     out_of_time = error["ename"] == "KeyboardInterrupt" and overtime >= 0 or (
         error["ename"] == "DeadProcess" and overtime >= OVERTIME)
@@ -563,7 +563,7 @@ def reproduce(
     0 all fresh, 1 one failed, 2 one refused its parameters, 3 stopped by the time limit, 130 by Ctrl-C.
     Raises InputError, before anything runs, for what is unknown, of the wrong type, or has no data.
     """
-    deadline = None if time_limit is None else time.time() + time_limit
+    deadline = None if time_limit is None else time.monotonic() + time_limit  # the other clock may be set meanwhile
     chosen = choose(load_experiments(notebooks), names, profile)
     for experiment in chosen:
         resolve(experiment, profile, overrides or {})  # all of them, before any data is fetched
@@ -585,7 +585,7 @@ def reproduce(
                     ended.append((stage.folder, outcome.code))
                     say(outcome.message, error=outcome.code in (1, 2))
                 board.show(kernels.now())
-                if deadline is not None and time.time() > deadline + OVERTIME and kernels.live:
+                if deadline is not None and time.monotonic() > deadline + OVERTIME and kernels.live:
                     kernels.stop()
             except KeyboardInterrupt:
                 board.say("stopping; what has ended stays")
@@ -780,7 +780,7 @@ def refresh_notebooks(names: Sequence[str] = (), *, notebooks: Path | None = Non
     board, kernels, worst = Board(), Kernels(), 0
     for name in names or known:
         with tempfile.TemporaryDirectory() as temporary, _sigterm_as_ctrl_c(), ThreadPoolExecutor(1) as pool:
-            begun, target = time.time(), Path(temporary) / name
+            begun, target = time.monotonic(), Path(temporary) / name
             future = pool.submit(kernels.run, (folder / name).resolve(), target, {}, {})
             try:
                 while not wait([future], timeout=0.2).done:
@@ -796,7 +796,7 @@ def refresh_notebooks(names: Sequence[str] = (), *, notebooks: Path | None = Non
             else:
                 with write_atomically(folder / name) as fresh:
                     shutil.copyfile(target, fresh)
-                board.say(f"{name}: done in {time.time() - begun:.0f} s")
+                board.say(f"{name}: done in {time.monotonic() - begun:.0f} s")
     return worst
 
 

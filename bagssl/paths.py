@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
+_STALE = 86_400.0  # seconds: nobody writes at one file for a day, and few clocks are wrong by one
 
 
 def home() -> Path:
@@ -31,11 +35,20 @@ def runs_root() -> Path:
     return Path(os.environ.get("BAGSSL_RUNS") or results_root() / "runs")
 
 
+def sweep(path: Path) -> None:
+    """Remove what writers of `path` that were killed left beside it; what is younger than a day may be at work."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

@@ -244,9 +244,12 @@ def pretrain(
     compiled = pick_compiled(compiled, device)
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
+        if (checkpoint := run.path / "checkpoint.pt").exists():  # killed when nothing but this was left to do
+            checkpoint.unlink(missing_ok=True)
         return run
     with runs.locked(run):
         if not run.finished:  # it may have been finished while we waited
+            runs.reopen(run)
             dtype = pick_precision(precision, device)
             _train(config, images, run, device, dtype, compiled, _deadline(time_limit), checkpoint_every, progress)
     return run
@@ -254,22 +257,33 @@ def pretrain(
 
 def load_encoder(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     """The run's encoder in evaluation mode: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim]."""
-    config = PretrainConfig.from_dict(run.config)
+    config = _config(run)
     encoder = build_encoder(config.encoder, config.width)
     return _load(encoder, run, "encoder.").to(device)
 
 
 def load_projector(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     """The run's projector in evaluation mode: h [batch, dim] -> z [batch, projector_dim]."""
-    config = PretrainConfig.from_dict(run.config)
+    config = _config(run)
     width = build_encoder(config.encoder, config.width).dim
     projector = build_projector(config.objective, width, config.projector_hidden, config.projector_dim)
     return _load(projector, run, "projector.").to(device)
 
 
+def _config(run: Run) -> PretrainConfig:
+    values = run.config
+    try:
+        return PretrainConfig.from_dict(values)
+    except InputError as error:
+        raise InputError(f"{run.path / 'config.json'}, perhaps of a newer bagssl, is not understood: {error}") from error
+
+
 def _load(module: nn.Module, run: Run, prefix: str) -> nn.Module:
-    tensors = run.weights()
-    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)})
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in run.weights().items() if name.startswith(prefix)}
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{run.path}: its weights are not those of its config.json; delete the folder to train it again") from error
     return module.eval()
 
 
@@ -346,7 +360,7 @@ def _train(
     colour, project = _compiled(compiled)
 
     step, history, seconds, sums = 0, [], 0.0, {}
-    state = runs.load_checkpoint(run, device)
+    state = runs.load_checkpoint(run, device, ("model", "optimiser", "step", "history", "seconds", "sums"))
     if state is not None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -403,7 +417,7 @@ def _train(
                 history.append({**row, **means})
                 sums, logged = {}, step
                 bar(step * crops_per_step, f"loss {means['loss']:.3f}")
-            if stop or time.time() > deadline:
+            if stop or time.monotonic() > deadline:
                 now = time.monotonic()
                 seconds, clock = seconds + now - clock, now
                 checkpoint()
@@ -507,10 +521,11 @@ def _seeded(seed: int, purpose: int, index: int, generator: torch.Generator | No
 
 
 def _deadline(time_limit: float | None) -> float:
-    limit = math.inf if time_limit is None else time.time() + time_limit
+    """When to stop, on the monotonic clock: the other one may be set while we train."""
     deadline = os.environ.get("BAGSSL_DEADLINE") or "inf"
     try:
-        return min(limit, float(deadline))
+        left = float(deadline) - time.time()
+        return time.monotonic() + min(left, math.inf if time_limit is None else time_limit)
     except ValueError:
         raise InputError(f"BAGSSL_DEADLINE = {deadline!r} is not a Unix time in seconds") from None
 

@@ -17,12 +17,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +38,8 @@ from bagssl.paths import home, runs_root, write_atomically
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
 RECIPE = 1
+_WRITTEN = ("weights.safetensors", "history.csv", "provenance.json", "metrics.json")  # by `finish`, in this order
+_AGAIN = "delete the folder to train the run again"
 
 
 def run_key(config: dict[str, Any], fingerprint: str) -> str:
@@ -56,7 +60,15 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        return read_json(self.path / "config.json")["config"]
+        """Raises InputError when it is damaged, or was written by a newer bagssl."""
+        path = self.path / "config.json"
+        content = read_json(path)
+        recipe, config = content.get("recipe"), content.get("config")
+        if not isinstance(recipe, int) or not isinstance(config, dict):
+            raise InputError(f"{path} is damaged: it has no recipe and config; {_AGAIN}")
+        if recipe > RECIPE:
+            raise InputError(f"{path} is of recipe {recipe}, this bagssl knows {RECIPE}: use the newer one for this run")
+        return config
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -68,36 +80,63 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """One row per log interval, numbers as floats."""
-        with open(self.path / "history.csv", newline="") as stream:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+        """One row per log interval, numbers as floats. Raises InputError when rows or ends of rows are missing."""
+        path = self.path / "history.csv"
+        try:
+            text = path.read_text()
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+            last = rows[-1]["step"] if rows else 0
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from error
+        if not text.endswith("\n") or last != self.metrics["steps"]:
+            raise InputError(f"{path} is damaged: it ends before the last step; {_AGAIN}")
+        return rows
 
     @property
     def finished(self) -> bool:
-        return (self.path / "metrics.json").exists()
+        """Whether all that marks a finished run is there; one that has lost a file is not."""
+        return all((self.path / name).exists() for name in _WRITTEN)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors of encoder and projector, by name. Raises InputError when the file is not the one written."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         path = self.path / "weights.safetensors"
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}; delete the folder to train the run again") from error
+            raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         if hashlib.sha256(content).hexdigest() != self.metrics["weights_sha256"]:
-            raise InputError(f"{path} is damaged (its SHA-256 differs); delete the folder to train the run again")
-        return load(content)
+            raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
+        try:
+            return load(content)
+        except SafetensorError as error:
+            raise InputError(f"{path} is no safetensors file ({error}); {_AGAIN}") from error
 
 
 def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | None = None) -> Run:
     """The run of `config` on the data with `fingerprint`; its folder is made, `label` leads its name."""
     key = run_key(config, fingerprint)
     run = Run((root or runs_root()) / f"{label}-{key}")
-    path = run.path / "config.json"
-    if not path.exists():
-        write_json(path, {"recipe": RECIPE, "config": config, "data": fingerprint})
+    path, content = run.path / "config.json", {"recipe": RECIPE, "config": config, "data": fingerprint}
+    try:
+        sound = read_json(path) == content
+    except InputError:
+        sound = False
+    if not sound:  # absent or damaged: the folder's key says that nothing else can have stood there
+        write_json(path, content)
     return run
+
+
+def reopen(run: Run) -> None:
+    """Take the mark from a finished run that has lost a file, so that it is trained again, and say so."""
+    lost, mark = [name for name in _WRITTEN if not (run.path / name).exists()], run.path / "metrics.json"
+    if lost and mark.exists():
+        print(f"{run.path} has lost {' and '.join(lost)}: it is trained again", file=sys.stderr, flush=True)
+        mark.unlink()
 
 
 def list_runs(root: Path | None = None) -> list[Run]:
@@ -122,17 +161,25 @@ def locked(run: Run, say=lambda message: print(message, file=sys.stderr, flush=T
 
 
 def save_checkpoint(run: Run, state: dict[str, Any]) -> None:
+    content = io.BytesIO()  # torch itself meets a full disk with an error that does not say so
+    torch.save(state, content)
     with write_atomically(run.path / "checkpoint.pt") as path:
-        torch.save(state, path)
+        path.write_bytes(content.getbuffer())
 
 
-def load_checkpoint(run: Run, device: torch.device) -> dict[str, Any] | None:
-    """The state to go on from, or None. A damaged checkpoint counts as none: training starts again."""
+def load_checkpoint(run: Run, device: torch.device, names: Collection[str] = ()) -> dict[str, Any] | None:
+    """The state to go on from, or None. One that is damaged or lacks one of `names` counts as none: training starts again."""
     path = run.path / "checkpoint.pt"
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not state.keys() >= set(names):
+            raise KeyError(f"it needs {', '.join(names)}")
+        return state
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
         print(f"{path} cannot be read ({type(error).__name__}): training starts again", file=sys.stderr)
         return None
@@ -157,16 +204,19 @@ def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metr
 def read_json(path: Path) -> dict[str, Any]:
     """Raises InputError, in one line, when the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it holds no names and values")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def provenance() -> dict[str, Any]:

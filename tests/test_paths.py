@@ -1,0 +1,236 @@
+"""A file is written whole or not at all: its writer may die at any moment, and the next one finds no rubbish."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from test_data import plant
+from test_experiments import write_notebook
+
+from bagssl import data, experiments, figures, pretraining, runs
+from bagssl.paths import write_atomically
+from bagssl.pretraining import PretrainConfig, pretrain
+
+KILLED = 137
+# what changes the disk: Python reports each of these before it happens
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod"}
+
+
+def fork(work) -> int:
+    """The exit code of a forked child that does `work`, which says what went wrong and leaves with 1 if it raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of threads; the child needs none of them
+        child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        torch.set_num_threads(1)  # the threads of the parent are not here
+        work()
+        code = 0
+    except BaseException:  # noqa: BLE001 - whatever it is, nothing of pytest may run in the child
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def dying(work, moment: int) -> int:
+    """Do `work` in a child that dies before its change of the disk number `moment`; its exit code, 0 if it lived.
+
+    Of the file that it wrote at last and had not yet put in its place, only the first half has reached the disk.
+    """
+    def doomed():
+        count, last = 0, None
+
+        def hook(event, arguments):
+            nonlocal count, last
+            writes = event == "open" and isinstance(arguments[0], str | bytes) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if event not in CHANGES or event == "open" and not writes:
+                return
+            count += 1
+            if count == moment:
+                count = -(10**9)  # what follows is no change of the writer's
+                with contextlib.suppress(OSError, TypeError):
+                    os.truncate(last, os.path.getsize(last) // 2)
+                os._exit(KILLED)
+            if writes:
+                last = arguments[0]
+
+        sys.addaudithook(hook)
+        work()
+
+    return fork(doomed)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a reader of the folder sees: all files but the hidden ones."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+
+
+def rubbish(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*.tmp")]
+
+
+def killed_at_every_change(work, before: Path, folder: Path, check=lambda: None) -> int:
+    """Kill `work(folder)` at each change that it makes to a copy of `before`, and then let it run; how often it died.
+
+    Asserts that after each death every file is as before or as it should become, and after the next call all are, with
+    no rubbish left that is older than a day. `check` looks at the folder after each death.
+    """
+    def start() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+
+    start()
+    work(folder)
+    old, new = files(before), files(folder)
+    for moment in itertools.count(1):
+        start()
+        code = dying(lambda: work(folder), moment)
+        assert code in (0, KILLED)
+        for name, content in files(folder).items():
+            if Path(name).name != "checkpoint.pt":  # which is neither before nor after
+                assert content in (old.get(name), new.get(name)), f"{name} after death {moment}"
+        check()
+        for path in rubbish(folder):
+            os.utime(path, (time.time() - 2 * 86_400,) * 2)
+        work(folder)
+        assert files(folder) == new and not rubbish(folder), f"after death {moment}"
+        if code == 0:
+            return moment - 1
+
+
+def a_table(folder: Path) -> None:
+    figures.write_table(pd.DataFrame({"k": range(100), "accuracy": [0.5] * 100}), folder, "accuracy")
+
+
+def a_figure(folder: Path) -> None:
+    figure = Figure(figsize=(0.5, 0.5))
+    figure.add_axes((0, 0, 1, 1)).set_axis_off()
+    figures.save_figure(figure, folder, "curve")
+
+
+def a_notebook(folder: Path) -> None:
+    experiments.normalise_notebook(folder / "n.ipynb")
+
+
+def a_dataset(folder: Path) -> None:
+    data.add("pets", folder / "tree", root=folder, force=True)
+
+
+def a_run(folder: Path) -> None:
+    pretrain(PretrainConfig(**TINY), IMAGES, folder, progress=False, checkpoint_every=-1)
+
+
+def some_results(folder: Path) -> None:
+    good = experiments.load_experiments(folder / "notebooks")["good"]
+    stage = experiments.plan(good, "smoke", results=folder)
+    assert experiments._run_stage(stage, False, None, experiments.Kernels(), print).code == 0
+
+
+TINY = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "projector_hidden": 16, "projector_dim": 8, "epochs": 1,
+        "optimiser": "sgd"}  # fmt: skip
+IMAGES = data.Images(torch.arange(16 * 3 * 8 * 8).view(16, 3, 8, 8).mul(37).byte(), torch.arange(16) % 2, ("a", "b"))
+WRITERS = [a_table, a_figure, a_notebook, a_dataset, a_run, some_results]
+CASES = [(work, True) for work in WRITERS] + [(work, False) for work in (a_run, some_results)]
+
+
+@pytest.fixture
+def stopped_clock(monkeypatch):
+    """What a run and a batch write of hours and seconds is the same each time; so is the notebook's result."""
+    clock = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0)
+    monkeypatch.setattr(pretraining, "time", clock)
+    monkeypatch.setattr(experiments, "time", clock)
+    monkeypatch.setattr(experiments, "_iso", str)
+    monkeypatch.setattr(experiments, "_provenance", lambda stage: {})
+    monkeypatch.setattr(runs, "provenance", dict)
+
+    def executed(kernels, notebook, target, *_):
+        for name in ("log.txt", "good.ipynb", "good.html", "sum.md"):
+            target.with_name(name).write_text(name * 100)
+        return {}
+
+    monkeypatch.setattr(experiments.Kernels, "run", executed)
+
+
+@pytest.mark.parametrize("work, earlier", CASES, ids=[f"{work.__name__}-{earlier}" for work, earlier in CASES])
+def test_a_writer_killed_at_any_moment_leaves_whole_files_and_the_next_call_finishes(work, earlier, tmp_path, stopped_clock):
+    before, folder = tmp_path / "before", tmp_path / "folder"
+    write_notebooks(before / "notebooks")
+    write_notebook(before / "n.ipynb", ["1"] * 50)
+    plant(before / "tree", train=1, test=1)
+    if earlier:
+        work(before)
+        for name in ("accuracy.csv", "accuracy.md", "curve.png", "n.ipynb", "sum.md", "history.csv"):
+            for path in before.rglob(name):
+                earlier_than(path)
+        plant(before / "tree", ("rat", "yak"), train=1, test=1)
+
+    def check() -> None:
+        for run in runs.list_runs(folder):
+            if run.finished:
+                assert run.weights() and run.history and run.metrics
+            assert not (run.path / "checkpoint.pt").exists() or runs.load_checkpoint(run, torch.device("cpu"))
+        if work is some_results and earlier:  # at no moment are both the old and the new results gone
+            assert list(folder.glob("smoke/good/good.html")) or list(folder.glob("smoke/.good.old/good.html"))
+
+    assert killed_at_every_change(work, before, folder, check) >= 4
+    shutil.rmtree(folder)
+
+
+def earlier_than(path: Path) -> None:
+    """Put something else in the place of a result, or take it away where that is what makes a writer begin again."""
+    if path.name == "history.csv":
+        path.unlink()
+    elif path.suffix == ".ipynb":
+        write_notebook(path, ["1"] * 40)
+    else:
+        path.write_bytes(b"of an earlier call")
+
+
+def write_notebooks(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write_notebook(folder / "good.ipynb", ["1"])
+    entry = {"artefact": "x", "notebook": "good.ipynb", "profiles": {"smoke": {"cost": "1 s", "parameters": {}}}}
+    (folder / "experiments.yaml").write_text(json.dumps({"good": entry}))
+
+
+def test_a_writer_that_is_not_atomic_is_found(tmp_path):
+    """Negative controls: a file that is written in its place, and one whose rubbish nobody clears away."""
+    (tmp_path / "before").mkdir()
+
+    def in_place(folder: Path) -> None:
+        (folder / "a.txt").write_text("half of it is not enough")
+        (folder / "b.txt").write_text("")
+
+    def littering(folder: Path) -> None:
+        (folder / f".a.{os.getpid()}.tmp").write_text("")
+        os.replace(folder / f".a.{os.getpid()}.tmp", folder / "a.txt")
+
+    for writer in (in_place, littering):
+        with pytest.raises(AssertionError, match="after death 2"):
+            killed_at_every_change(writer, tmp_path / "before", tmp_path / "folder")
+
+
+def test_what_a_living_writer_has_begun_is_left_alone(tmp_path):
+    with write_atomically(tmp_path / "a.json") as first:
+        first.write_text("first")
+        with write_atomically(tmp_path / "a.json") as second:
+            second.write_text("second")
+        assert (tmp_path / "a.json").read_text() == "second"
+    assert (tmp_path / "a.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,303 @@
+"""The store keeps what it was given, says in one line what is wrong with it, and trains again what was lost."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_paths import IMAGES, TINY, fork
+
+import bagssl
+from bagssl import cli, runs
+from bagssl.errors import InputError, Stopped
+from bagssl.evaluation import evaluate
+from bagssl.pretraining import PretrainConfig, load_encoder, load_projector, pretrain
+
+ROOT = Path(bagssl.__file__).parent.parent
+
+
+def train(root, **how):
+    return pretrain(PretrainConfig(**{**TINY, "epochs": 2}), IMAGES, root, progress=False, **how)
+
+
+def begun(root) -> Path:
+    """The checkpoint of a run that was stopped after its first step."""
+    with pytest.raises(Stopped):
+        train(root, time_limit=0)
+    (path,) = root.glob("*/checkpoint.pt")
+    return path
+
+
+def written(run) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.weights().items()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def refused(do, match: str = "") -> str:
+    with pytest.raises(InputError, match=match) as error:
+        do()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# What is lost
+
+
+@pytest.mark.parametrize("name", ["config.json", "history.csv", "weights.safetensors", "provenance.json", "metrics.json"])
+def test_a_run_that_has_lost_a_file_is_trained_again_and_says_so(name, tmp_path, capsys):
+    run = train(tmp_path)
+    weights = written(run)
+    (run.path / name).unlink()
+    uses = {"config.json": lambda: load_encoder(run), "history.csv": lambda: run.history,
+            "weights.safetensors": lambda: load_projector(run), "provenance.json": lambda: run.provenance,
+            "metrics.json": lambda: evaluate(run, IMAGES, 0.5, [0], scale=1, progress=False)}  # fmt: skip
+    refused(uses[name], f"cannot read .*{name}")
+    assert cli.main(["data", "list"]) == 0 and runs.list_runs(tmp_path) == ([] if name == "config.json" else [run])
+    mark = (run.path / "provenance.json").read_bytes() if name == "config.json" else None
+    capsys.readouterr()
+    again = train(tmp_path)
+    assert again.path == run.path and again.finished and same(again.weights(), weights) and again.history
+    said = capsys.readouterr().err
+    assert (f"has lost {name}: it is trained again" in said) == (name not in {"config.json", "metrics.json"})
+    if mark is not None:  # nothing but the training can say what the others do; this one follows from the call
+        assert (run.path / "provenance.json").read_bytes() == mark and runs.list_runs(tmp_path) == [run]
+
+
+def test_while_a_lost_file_is_trained_again_the_old_mark_is_gone(tmp_path):
+    run = train(tmp_path)
+    (run.path / "history.csv").unlink()
+    begun(tmp_path)
+    assert not (run.path / "metrics.json").exists() and not run.finished
+
+
+def test_a_store_that_cannot_be_written_is_still_read(tmp_path, monkeypatch):
+    run = train(tmp_path)
+    monkeypatch.setattr(runs, "write_atomically", None)
+    assert train(tmp_path) == run and load_encoder(run)
+
+
+# What is damaged
+
+
+def test_a_history_that_ends_too_early_is_refused_wherever_it_ends(tmp_path):
+    run = train(tmp_path)
+    path, rows = run.path / "history.csv", run.history
+    whole = path.read_bytes()
+    for length in range(len(whole) - 1):  # without the last byte, half a line end, nothing is lost
+        path.write_bytes(whole[:length])
+        refused(lambda: run.history, "history.csv is damaged")
+    path.write_bytes(whole)
+    assert run.history == rows and len(rows) == 2
+
+
+CONFIGS = [
+    (lambda content: {**content, "recipe": runs.RECIPE + 1}, "use the newer one"),
+    (lambda content: {**content, "config": {**content["config"], "rotation": 0.1}}, "newer bagssl.*'rotation'"),
+    (lambda content: {**content, "config": {**content["config"], "objective": "dino2"}}, "newer bagssl.*'dino2'"),
+    (lambda content: {"recipe": runs.RECIPE}, "damaged"),
+    (lambda content: {**content, "recipe": "one"}, "damaged"),
+    (lambda content: [content], "damaged"),
+]
+
+
+@pytest.mark.parametrize("change, message", CONFIGS)
+def test_a_configuration_of_a_newer_version_is_one_line(change, message, tmp_path):
+    run = train(tmp_path)
+    path = run.path / "config.json"
+    sound = path.read_bytes()
+    path.write_text(json.dumps(change(json.loads(sound))))
+    for use in (load_encoder, load_projector):
+        refused(lambda use=use: use(run), f"config.json.*{message}")
+    assert train(tmp_path) == run and path.read_bytes() == sound  # the key says what must stand there
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "provenance.json"])
+def test_a_file_that_is_no_json_is_one_line(name, content, tmp_path):
+    run = runs.Run(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    refused(lambda: getattr(run, name.partition(".")[0]), f"{name} is damaged")
+
+
+class Bomb:
+    """What creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weights_are_never_unpickled(tmp_path):
+    run = train(tmp_path)
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    (run.path / "weights.safetensors").write_bytes(bomb)
+    refused(lambda: load_encoder(run), "SHA-256 differs")
+    runs.write_json(run.path / "metrics.json", {**run.metrics, "weights_sha256": hashlib.sha256(bomb).hexdigest()})
+    refused(lambda: load_encoder(run), "no safetensors file")
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb).close()
+    assert (tmp_path / "exploded").exists()  # it would have
+
+
+@pytest.mark.parametrize("write", [lambda bomb, path: path.write_bytes(pickle.dumps(bomb)), torch.save])
+def test_a_malicious_checkpoint_is_not_unpickled(write, tmp_path, capsys):
+    straight = train(tmp_path / "straight")
+    path = begun(tmp_path / "runs")
+    write(Bomb(tmp_path / "exploded"), path)
+    assert same(train(tmp_path / "runs").weights(), straight.weights())
+    assert "training starts again" in capsys.readouterr().err and not (tmp_path / "exploded").exists()
+    bomb = tmp_path / "bomb.pt"
+    write(Bomb(tmp_path / "exploded"), bomb)
+    if write is torch.save:
+        torch.load(bomb, weights_only=False).close()
+        assert (tmp_path / "exploded").exists()  # it would have
+
+
+def test_one_changed_bit_in_a_checkpoint_means_training_again(tmp_path, capsys):
+    """torch reads over it: a weight would be another one, and nobody would know."""
+    path = begun(tmp_path)
+    (run,) = runs.list_runs(tmp_path)
+    whole, cpu = path.read_bytes(), torch.device("cpu")
+    weight = runs.load_checkpoint(run, cpu)["model"]["projector.layers.0.weight"].numpy().tobytes()
+    place = whole.index(weight) + len(weight) // 2
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert torch.load(path, weights_only=True)  # the reason for looking ourselves
+    assert runs.load_checkpoint(run, cpu) is None
+    assert "training starts again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", [{"x": 1}, [1, 2], {}])
+def test_a_checkpoint_of_another_kind_means_training_again(state, tmp_path, capsys):
+    straight = train(tmp_path / "straight")
+    torch.save(state, begun(tmp_path / "runs"))
+    assert same(train(tmp_path / "runs").weights(), straight.weights())
+    assert "training starts again" in capsys.readouterr().err
+
+
+def test_weights_of_another_network_are_one_line(tmp_path):
+    run = train(tmp_path)
+    from safetensors.torch import save
+
+    content = save({name: tensor for name, tensor in run.weights().items() if "layer3" not in name})
+    (run.path / "weights.safetensors").write_bytes(content)
+    runs.write_json(run.path / "metrics.json", {**run.metrics, "weights_sha256": hashlib.sha256(content).hexdigest()})
+    refused(lambda: load_encoder(run), "not those of its config.json")
+    assert load_projector(run)
+
+
+# A disk that takes no more
+
+
+def on_a_small_disk(size: int, work) -> int:
+    """The exit code of `work` in a process whose files may have `size` bytes: more is refused as on a full disk."""
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        work()
+
+    return fork(limited)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 100_000])
+def test_a_full_disk_stops_training_with_its_own_error_and_the_next_call_goes_on(size, tmp_path):
+    straight = train(tmp_path / "straight")
+    path = begun(tmp_path / "runs")
+    before = path.read_bytes()
+    assert len(before) > size
+
+    def full():
+        try:
+            train(tmp_path / "runs", checkpoint_every=-1)
+        except OSError as error:
+            os._exit(error.errno)  # what pytest writes is limited as well
+
+    assert on_a_small_disk(size, full) == errno.EFBIG
+    assert path.read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
+    assert same(train(tmp_path / "runs").weights(), straight.weights())
+
+
+# Keys
+
+
+CONFIG = {"objective": "simclr", "options": {"temperature": 0.2}, "epochs": 3, "learning_rate": 4e-3}
+KEY = "518b49f99781bdb6"
+
+
+def test_the_key_of_a_run_is_the_same_on_every_machine():
+    """Whatever the order of the settings, the spelling of a number and the seed of Python's hashes."""
+    spellings = [CONFIG, dict(reversed(CONFIG.items())), {**CONFIG, "learning_rate": 0.004, "epochs": 3.0},
+                 {**CONFIG, "options": {"temperature": 0.20}}, {**CONFIG, "min_scale": 1, "weight_decay": 0.0001}]  # fmt: skip
+    assert {runs.run_key(PretrainConfig(**each).to_dict(), "0" * 64) for each in spellings} == {KEY}
+    code = ("import json, sys; from bagssl import runs; from bagssl.pretraining import PretrainConfig as C; "
+            "print(runs.run_key(C.from_dict(json.loads(sys.argv[1])).to_dict(), '0' * 64), hash('a'))")
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(CONFIG)], capture_output=True, text=True, cwd=ROOT,
+                          check=True, env={**os.environ, "PYTHONHASHSEED": "1"})  # fmt: skip
+    key, other = done.stdout.split()
+    assert key == KEY and int(other) != hash("a")
+
+
+def test_other_data_is_another_run(tmp_path):
+    changed = IMAGES.pixels.clone()
+    changed[3, 1, 2, 0] ^= 1
+    first, other = train(tmp_path), bagssl.data.Images(changed, IMAGES.labels, IMAGES.classes)
+    config = PretrainConfig(**{**TINY, "epochs": 2})
+    assert pretrain(config, other, tmp_path, progress=False).path != first.path and len(runs.list_runs(tmp_path)) == 2
+
+
+# Many runs, several processes
+
+
+def test_ten_thousand_runs_are_listed_without_reading_one(tmp_path, monkeypatch):
+    for i in range(10_000):
+        (tmp_path / f"label-{i:016x}").mkdir()
+        (tmp_path / f"label-{i:016x}/config.json").touch()
+    (tmp_path / "no-run").mkdir()
+    opened = []
+    sys.addaudithook(lambda event, arguments: opened.append(arguments) if event == "open" and listening else None)
+    listening = True
+    found = runs.list_runs(tmp_path)
+    listening = False
+    assert len(found) == 10_000 and found[4711].key == f"{4711:016x}" and not opened
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from bagssl import runs
+with runs.locked(runs.Run(Path(sys.argv[1]))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_held_elsewhere_is_waited_for_and_its_holders_death_frees_it(tmp_path):
+    """As on a folder that two machines share; the lock is the system's, so no stale one can be left."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    said = []
+
+    def say(message):
+        said.append(message)
+        holder.kill()
+
+    with runs.locked(runs.Run(tmp_path), say):
+        assert holder.wait(60) < 0
+    assert len(said) == 1 and "waiting" in said[0]
+    with runs.locked(runs.Run(tmp_path), said.append):  # the file of the lock is still there, and nobody holds it
+        assert (tmp_path / ".lock").exists() and len(said) == 1
+    holder.stdin.close()
+    holder.stdout.close()
