@@ -216,11 +216,16 @@ def add(
     splits = _decode(files, size)
     if name in CIFAR and splits["train"][0].shape[1:] != (3, 32, 32):
         raise _refusal(f"{name} has images of 32×32 px, {tree} has others: add it under another name")
-    return _store(name, splits, classes, f"class folders {tree}", root, force)
+    return _store(name, splits, classes, _one_line(f"class folders {tree}"), root, force)
+
+
+def _one_line(text: str) -> str:
+    """For a terminal, whatever an error or a file name holds: line breaks, or bytes that are no text."""
+    return " ".join(text.encode(errors="replace").decode().split())
 
 
 def _refusal(message: str) -> InputError:
-    return InputError(" ".join(message.split()))  # one line, whatever an error or a file name holds
+    return InputError(_one_line(message))
 
 
 def _root(root: Path | None) -> Path:
@@ -303,7 +308,7 @@ def _store(
     new = {split: images[split].fingerprint for split in SPLITS}
     old = _fingerprints(name, root)
     if old == new:
-        return f"{name} is already in {path} with the same content: nothing to do"
+        return _one_line(f"{name} is already in {path} with the same content: nothing to do")
     if old and not force:
         raise _refusal(f"{path} holds other images: choose another name, or replace them by --force")
     about = {"format": FORMAT, "name": name, "classes": list(classes), "source": source} | new
@@ -316,7 +321,7 @@ def _store(
         raise _refusal(f"{path} cannot be written ({error}): free the disk, or set BAGSSL_DATA") from error
     counts = " and ".join(f"{len(images[split]):,} {split}" for split in SPLITS)
     size = "{2}×{3}".format(*images["train"].pixels.shape)
-    return f"{name}: {counts} images of {size} px in {len(classes)} classes, in {path}"
+    return _one_line(f"{name}: {counts} images of {size} px in {len(classes)} classes, in {path}")
 
 
 def _download(name: str, split: str, folder: str) -> tuple[Tensor, Tensor]:

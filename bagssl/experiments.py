@@ -371,7 +371,7 @@ class Board:
     def say(self, text: str, *, error: bool = False) -> None:
         with self.lock:
             print("\r\033[K" if self.terminal else "", end="", flush=True)
-            print(text, file=sys.stderr if error else sys.stdout, flush=True)
+            print(*text.splitlines(), file=sys.stderr if error else sys.stdout, flush=True)  # a path may hold line breaks
 
     def show(self, now: dict[str, str]) -> None:
         """now: experiment -> what it does."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,59 @@ def test_pretrain_reads_settings_in_their_types(project, monkeypatch, capsys):
     (config, limit), = seen
     assert (config.objective, config.seed, config.epochs, config.learning_rate, limit) == ("simclr", 3, 2, 1e-3, 540)
     assert capsys.readouterr().out.strip().endswith("one")
+
+
+WRITES = ["pretrain --set epochs=1 --set views=2 --set width=8 --set size=8 --set batch_size=2000", "reproduce", "report",
+          "data add pets tree"]
+
+
+@pytest.fixture
+def writable(tmp_path, monkeypatch):
+    """A checkout, data and results for which each command of `WRITES` would write something."""
+    from test_data import plant
+    from test_paths import write_notebooks
+
+    write_notebooks(tmp_path / "notebooks")
+    plant(tmp_path / "tree")
+    shutil.copytree(Path(bagssl.__file__).parent.parent / "results/laptop", tmp_path / "results/laptop")
+    monkeypatch.setattr(experiments, "home", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+def said(words, capsys) -> str:
+    """The one line of a command that fails."""
+    assert cli.main(words.split()) in (1, 2)
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("bagssl: ") and "BAGSSL_" in line
+    return line
+
+
+@pytest.mark.parametrize("words", WRITES)
+def test_a_full_disk_is_one_line(words, writable, capsys):
+    from test_runs import on_a_small_disk
+
+    before = {path: path.read_bytes() for path in writable.rglob("*") if path.is_file()}
+
+    def full():
+        assert "File too large" in said(words, capsys)
+
+    assert on_a_small_disk(100, full) == 0
+    assert {path: path.read_bytes() for path in before} == before and not list(writable.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("words", WRITES)
+def test_a_folder_that_cannot_be_made_is_one_line(words, writable, capsys, monkeypatch):
+    """For root as well, whom permissions do not bind: a file stands where a folder should be made."""
+    (writable / "file").touch()
+    for name in ("BAGSSL_DATA", "BAGSSL_RESULTS", "BAGSSL_RUNS"):
+        if words != "report" or name != "BAGSSL_RESULTS":
+            monkeypatch.setenv(name, str(writable / "file" / "below"))
+    if words == "report":
+        refused = OSError(errno.EROFS, "Read-only file system", str(writable))
+        monkeypatch.setattr("bagssl.paths.tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(refused))
+    assert "Not a directory" in (line := said(words, capsys)) or "Read-only" in line
 
 
 def test_help_and_version_need_no_torch():

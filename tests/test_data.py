@@ -1,15 +1,23 @@
 """Datasets: the same images give the same cache, and wrong input one clear line with the cache as it was."""
 
+import hashlib
+import io
 import os
 import pickle
+import shutil
 import socket
+import tarfile
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bagssl import data
+from bagssl import cli, data
 from bagssl.errors import InputError
 
 CLASSES = ("cat", "dog", "owl")
@@ -171,6 +179,22 @@ def test_orientation_is_applied(tmp_path, root):
     np.testing.assert_array_equal(one_image(tmp_path / "image.png", root), np.rot90(picture(1, 8, 12), -1))
 
 
+def test_of_an_animation_the_first_picture_is_read(tmp_path, root):
+    first, *others = (Image.fromarray(picture(seed)).convert("L") for seed in range(3))
+    first.save(tmp_path / "image.gif", save_all=True, append_images=others)
+    with Image.open(tmp_path / "image.gif") as image:
+        assert image.n_frames == 3
+    np.testing.assert_array_equal(one_image(tmp_path / "image.gif", root), np.asarray(first.convert("RGB")))
+
+
+def test_one_pixel_is_an_image(tmp_path, root):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "image.png")
+    assert one_image(tmp_path / "image.png", root).tolist() == [[[1, 2, 3]]]
+    assert "nothing to do" not in data.add("one-of-eight", tmp_path / "one", size=8, root=root)
+    pixels = data.load("one-of-eight", "test", root).pixels
+    assert pixels.shape == (2, 3, 8, 8) and (pixels == torch.tensor([1, 2, 3]).view(3, 1, 1)).all()
+
+
 @pytest.mark.parametrize("height, width", [(40, 20), (20, 40), (20, 20)])
 def test_size_takes_the_centred_square_antialiased(height, width, tmp_path, root):
     """Stripes one pixel wide become even grey, and of the red ends nothing is left but the kernel's reach."""
@@ -203,6 +227,21 @@ def test_what_file_managers_leave_behind_is_no_image(tree, root):
     for path in (tree / ".DS_Store", tree / "train" / ".DS_Store", tree / "train" / "cat" / "Thumbs.db"):
         path.write_bytes(b"junk")
     assert "nothing to do" in data.add("pets", tree, root=root)
+
+
+def test_any_name_of_a_folder_or_file_will_do(tmp_path, monkeypatch, capsys):
+    """Spaces, quotes, line breaks, wildcards, and in the tree bytes that are no text."""
+    names = sorted(["a b", "Zoë's \"pets\"", "new\nline", "*[a]", "-n", os.fsdecode(b"\xff\xfe")])
+    tree = tmp_path / os.fsdecode(b"of \xff\nto day")
+    plant(tree, names, suffix=os.fsdecode(b"\xff\n.png"))
+    monkeypatch.setenv("BAGSSL_DATA", str(tmp_path.joinpath(*names[:-1])))
+    assert len(data.add("pets", tree).encode().splitlines()) == 1
+    assert data.load("pets", "test").classes == tuple(names) and data.check("pets")
+    assert cli.main(["data", "list"]) == 0
+    assert len(capsys.readouterr().out.encode().splitlines()) == 1 + len(data.names())
+    (tree / "train" / names[0] / os.fsdecode(b"\xfe\n.png")).write_bytes(b"")
+    assert cli.main(["data", "add", "more", str(tree)]) == 2
+    assert len(capsys.readouterr().err.encode().splitlines()) == 1
 
 
 def test_links_inside_the_tree_are_followed(tree, root):
@@ -598,6 +637,123 @@ def test_a_silent_server_is_left_after_the_timeout(root, monkeypatch):
         with pytest.raises(InputError, match="could not be downloaded .*timed out"):
             data.get("cifar10", root)
     assert socket.getdefaulttimeout() is None and list(root.iterdir()) == []
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """A server that answers whatever it is asked for with `site.answer(request)`, and counts; cifar10 is there."""
+    class Request(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked += 1
+            server.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Request) as server:
+        server.asked, server.where = 0, f"http://127.0.0.1:{server.server_port}"
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        for proxy in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(proxy, raising=False)
+            monkeypatch.delenv(proxy.upper(), raising=False)
+        monkeypatch.setattr("urllib.request._opener", None)  # which would remember the proxies of an earlier request
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"{server.where}/cifar-10-python.tar.gz")
+        yield server
+        server.shutdown()
+
+
+def answer(content, length=None, code=200):
+    def send(request):
+        request.send_response(code)
+        request.send_header("Content-Length", str(length or len(content)))
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(content)
+
+    return send
+
+
+def archive(**what):
+    """A tar.gz with one member; `what` changes its header."""
+    member, stream = tarfile.TarInfo("cifar-10-batches-py/data_batch_1"), io.BytesIO()
+    content = what.pop("content", b"")
+    for name, value in {"size": len(content), **what}.items():
+        setattr(member, name, value)
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+ANSWERS = {
+    "a page in place of the data": answer(b"<html>Please log in</html>"),
+    "the page of a proxy": answer(b"<html>Please log in</html>"),
+    "an error": answer(b"gone", code=404),
+    "a truncated archive": answer(archive(content=os.urandom(5000))[:2000], 170_498_071),
+    "another archive": answer(archive(content=b"other")),
+    "a path out of the tree": answer(archive(name="../../escaped", content=b"x")),
+    "an absolute path": answer(archive(name="/tmp/bagssl-escaped", content=b"x")),
+    "a symbolic link": answer(archive(name="escaped", type=tarfile.SYMTYPE, linkname="/etc/passwd")),
+    "a hard link": answer(archive(name="escaped", type=tarfile.LNKTYPE, linkname="../../../etc/passwd")),
+    "a device": answer(archive(name="escaped", type=tarfile.CHRTYPE, devmajor=1, devminor=3)),
+    "a decompression bomb": answer(archive(content=bytes(30_000_000))),
+}
+
+
+@pytest.mark.parametrize("sent", ANSWERS)
+def test_what_is_not_the_published_archive_is_never_opened(sent, site, tmp_path, root, monkeypatch):
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("opened"))
+    if sent == "the page of a proxy":
+        monkeypatch.setenv("http_proxy", site.where)
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://data.invalid/cifar-10-python.tar.gz")
+    site.answer = ANSWERS[sent]
+    with pytest.raises(InputError, match="could not be downloaded .*bagssl data add cifar10 PATH") as caught:
+        data.get("cifar10", root)
+    assert site.asked and "\n" not in str(caught.value)
+    assert [path for path in tmp_path.rglob("*") if path != root] == []
+    assert not os.path.exists("/tmp/bagssl-escaped")
+
+
+def test_the_published_archive_would_be_opened(site, root, monkeypatch):
+    """Negative control: with the checksum that was asked for, it is read."""
+    content, opened = archive(content=b"x"), []
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.tgz_md5", hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(tarfile, "open", lambda path, *_: opened.append(path) or (_ for _ in ()).throw(OSError("enough")))
+    site.answer = answer(content)
+    with pytest.raises(InputError, match="enough"):
+        data.get("cifar10", root)
+    assert len(opened) == 1
+
+
+def test_without_a_network_the_other_way_is_named(root, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"http://127.0.0.1:{port}/c")  # nobody listens now
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(InputError, match="could not be downloaded .*refused.*bagssl data add cifar10 PATH"):
+        data.get("cifar10", root)
+    assert list(root.iterdir()) == []
+
+
+def test_archives_of_downloads_that_were_killed_go_after_a_day(root, monkeypatch):
+    """A killed process cannot tidy up; the next download may be going on beside this one."""
+    def killed(name, split, folder):
+        (Path(folder) / "half.tar.gz").write_bytes(b"half")
+        left.append(shutil.copytree(folder, f"{folder[:-4]}x.tmp"))
+        raise OSError("no network")
+
+    left = []
+    monkeypatch.setattr(data, "_download", killed)
+    for _ in range(2):
+        with pytest.raises(InputError):
+            data.get("cifar10", root)
+    assert sorted(map(str, root.iterdir())) == sorted(left) and len(left) == 2
+    os.utime(left[0], (time.time() - 2 * 86_400,) * 2)
+    with pytest.raises(InputError):
+        data.get("cifar10", root)
+    assert sorted(map(str, root.iterdir())) == sorted(left[1:])
 
 
 def test_get_knows_no_other_download(root):

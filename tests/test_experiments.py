@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -59,7 +61,8 @@ def write_list(folder: Path, **changed) -> None:
 
 @pytest.fixture(scope="module")
 def notebooks(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("notebooks")
+    folder = tmp_path_factory.mktemp("notebooks") / "Zoë's notebooks"
+    folder.mkdir()
     for name, cells in NOTEBOOKS.items():
         write_notebook(folder / f"{name}.ipynb", cells)
     write_list(folder)
@@ -69,7 +72,8 @@ def notebooks(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(notebooks, tmp_path_factory) -> Path:
     """Five notebooks, two side by side, of which one ends well; `codes.json` holds the exit codes."""
-    folder = tmp_path_factory.mktemp("results")
+    folder = tmp_path_factory.mktemp("results") / "Zoë's \"results\"\nof [to]day"
+    folder.mkdir()
     how = {"jobs": 2, "notebooks": notebooks, "results": folder}
     codes = {"bad": experiments.reproduce(["good", "killed", "left", "refused"], **how),
              "stopped": experiments.reproduce(["good", "stopped"], time_limit=600, **how)}
@@ -172,6 +176,20 @@ def test_a_swap_that_was_cut_short_is_mended(tmp_path, notebooks, results):
     os.replace(stage.folder, stage.beside("old"))  # killed between the two renames
     assert experiments.reproduce(["good"], notebooks=notebooks, results=results) == 0
     assert experiments.state(stage) == "fresh" and not stage.beside("old").exists()
+
+
+def test_a_clock_that_is_set_does_not_end_the_batch(tmp_path, notebooks, monkeypatch):
+    """Kernels are told their deadline in Unix time, by the clock as it then is."""
+    hours, told = itertools.count(0, 36_000), []
+    monkeypatch.setattr(experiments, "time", SimpleNamespace(**{**vars(time), "time": lambda: 1e9 + next(hours)}))
+
+    def run(kernels, notebook, target, parameters, environment):
+        told.append(float(environment["BAGSSL_DEADLINE"]))
+        return {"ename": "Stopped", "evalue": "at crop 100"}
+
+    monkeypatch.setattr(experiments.Kernels, "run", run)
+    assert experiments.reproduce(["good", "long"], time_limit=600, notebooks=notebooks, results=tmp_path) == 3
+    assert len(told) == 2 and all(300 < (deadline - 1e9) % 36_000 <= 600 for deadline in told)
 
 
 def test_ctrl_c_stops_the_kernel_within_seconds(tmp_path, notebooks):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,32 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_weights(tmp_path):
 def test_signals_stop_at_a_checkpoint(tmp_path, number, code):
     assert kill_while_training(tmp_path, number, 0) == code
     assert list(tmp_path.glob("*/checkpoint.pt"))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clocks that training looks at: `hours` is added to what the wall says, `more` to the monotonic one."""
+    clock = SimpleNamespace(hours=itertools.repeat(0), more=itertools.repeat(0))
+    clock.time = lambda: time.time() + 3600 * next(clock.hours)
+    clock.monotonic = lambda: time.monotonic() + next(clock.more)
+    monkeypatch.setattr(pretraining, "time", clock)
+    return clock
+
+
+def test_a_clock_that_is_set_while_training_neither_stops_it_nor_spoils_its_seconds(images, tmp_path, clock, monkeypatch):
+    monkeypatch.setenv("BAGSSL_DEADLINE", str(time.time() + 3600))
+    clock.hours = itertools.chain([0], itertools.cycle([10, -10]))  # from the second look on
+    run = train(images, tmp_path, time_limit=1800)
+    assert run.finished and 0 < run.metrics["seconds"] < 1800
+    assert all(row["crops_per_second"] > 0 for row in run.history)
+
+
+@pytest.mark.parametrize("how", [{"time_limit": 1800}, {}])
+def test_time_that_really_passes_ends_at_the_limit_and_at_the_deadline(images, tmp_path, clock, monkeypatch, how):
+    monkeypatch.setenv("BAGSSL_DEADLINE", str(time.time() + 3600))
+    clock.more = itertools.count(0, 600)
+    with pytest.raises(Stopped):
+        train(images, tmp_path, **how)
 
 
 def test_two_processes_at_once_train_one_run(tmp_path):

@@ -156,6 +156,29 @@ def test_what_the_package_imports_is_declared():
         assert not undeclared, f"{path.name} imports what pyproject.toml does not declare"
 
 
+UNSAFE = {"torch.load": "weights_only=True", "np.load": "allow_pickle=False", "numpy.load": "allow_pickle=False",
+          "yaml.load": None, "pickle.load": None, "pickle.loads": None, "pickle.Unpickler": None, "joblib.load": None,
+          "pd.read_pickle": None, "torch.hub.load": None, "eval": None, "exec": None}  # fmt: skip
+
+
+def unsafe(source: str) -> list[str]:
+    """The calls that would run what a file says: those of `UNSAFE` without the argument that makes them safe."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [ast.unparse(call) for call in calls if (name := ast.unparse(call.func)) in UNSAFE
+            and UNSAFE[name] not in [ast.unparse(keyword) for keyword in call.keywords]]  # fmt: skip
+
+
+def test_no_file_is_read_in_a_way_that_runs_it():
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "bagssl").glob("*.py")}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources[path] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert len(sources) > 30 and any("torch.load(" in source for source in sources.values())
+    assert {str(path): found for path, source in sources.items() if (found := unsafe(source))} == {}
+    assert unsafe("torch.load(path, weights_only=False)") and unsafe("pickle.load(stream)") and unsafe("np.load(x)")
+    assert not unsafe("torch.load(path, weights_only=True)")
+
+
 def loaded_by(statement: str) -> set[str]:
     """The top-level packages that a fresh interpreter has loaded after the statement."""
     code = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
