@@ -94,6 +94,12 @@ def test_k_0_is_the_whole_image_once():
     assert torch.equal(whole, PIXELS.flatten(1) / 255)
 
 
+def test_one_image_has_bags_too():
+    alone, among = (bags.embed_bags(LINEAR, pixels, [0, 4], **OPTIONS) for pixels in (PIXELS[:1], PIXELS))
+    assert alone[4].shape == among[4][:1].shape and torch.isfinite(alone[4]).all()
+    assert torch.allclose(alone[0], among[0][:1], atol=1e-6)
+
+
 def test_single_patches_are_those_of_the_bag():
     single = bags.patch_embeddings(ENCODER, PIXELS, boxes(8), 8)
     ours = bags.embed_bags(ENCODER, PIXELS, KS, **OPTIONS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,15 @@ def test_what_makes_results_stale(results, notebooks, tmp_path, monkeypatch):
     assert state() != "fresh"
     table.write_text(text)
     assert state() == "fresh"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"state": "done", "key": "', "\0" * 100])
+def test_a_damaged_status_means_running_again(results, notebooks, tmp_path, content):
+    shutil.copytree(results / "smoke/good", tmp_path / "smoke/good")
+    stage = experiments.plan(experiments.load_experiments(notebooks)["good"], "smoke", results=tmp_path)
+    assert experiments.state(stage) == "fresh"
+    (stage.folder / "status.json").write_text(content)
+    assert experiments.state(stage) == "missing"
 
 
 def test_data_is_part_of_the_key(notebooks, tmp_path, monkeypatch):
