@@ -17,10 +17,10 @@ unexport MPLBACKEND VIRTUAL_ENV CONDA_PREFIX PYTHONHOME
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab notebooks lint lock clean unsound
+.PHONY: help reproduce test test-browser lab notebooks lint lock clean unsound
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 reproduce: $(READY)  ## every notebook with the profile smoke, on the embedded data, into results/smoke
 	@$(BIN)/bagssl reproduce --profile smoke --jobs 2
@@ -31,8 +31,18 @@ test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session,
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks tests
 
-lab: $(READY)  ## JupyterLab on the notebooks
-	@$(BIN)/jupyter lab notebooks
+# Debian's or the reader's own browser: what Playwright would download is neither needed nor asked for.
+test-browser: $(READY)  ## JupyterLab in a headless Chromium, all notebooks or NOTEBOOK=00_tour; screenshots: results/browser
+	@for name in "$$CHROMIUM" chromium chromium-browser google-chrome; do command -v "$$name" >/dev/null && exit; done; \
+		if [ `id -u` = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null && exit; fi; \
+		echo "bagssl: no browser found: install Chromium (Debian: apt install chromium) or Chrome, or name one by CHROMIUM=" >&2; exit 1
+	@$(BIN)/python -m pytest -p no:cacheprovider -m browser $(if $(NOTEBOOK),-k "$(NOTEBOOK) or failing") tests/test_browser.py
+
+# Root, in a container, is not refused: the address that JupyterLab prints has a token.
+lab: $(READY)  ## JupyterLab, opened at the tour; with options: make lab LAB=--no-browser
+	@$(BIN)/jupyter lab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/00_tour.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 notebooks: $(READY)  ## execute the committed notebooks again (profile smoke) and normalise them
 	@$(BIN)/bagssl notebooks

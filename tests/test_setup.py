@@ -26,7 +26,7 @@ MACHINES = [
     {"sys_platform": system, "python_version": python, "python_full_version": f"{python}.0"}
     for system, python in itertools.product(("linux", "darwin"), ("3.11", "3.12", "3.13"))
 ]
-CONDA_NAMES = {"torch": "pytorch"}
+CONDA_NAMES = {"playwright": "playwright-python", "torch": "pytorch"}
 IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython", "sklearn": "scikit-learn"}
 CORE = ("data", "patches", "encoders", "objectives", "pretraining", "bags", "probes", "runs")
 NOTEBOOK_SOFTWARE = {

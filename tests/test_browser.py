@@ -1,0 +1,232 @@
+"""JupyterLab as a reader meets it: what `make lab` starts, driven in a headless Chromium; see `make test-browser`.
+
+It runs on copies of the notebooks that have lost their outputs, with a store of their own; the checkout stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parent.parent
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SCREENSHOTS = ROOT / "results" / "browser"
+SECOND = 1000  # what Playwright counts in
+PATIENCE = 900 * SECOND  # for a notebook that trains its models on a slow machine; it only guards against hanging
+SETTINGS = {  # all cells in the page, for the screenshot; and the reader has said no to news
+    "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
+    "apputils-extension/notification": {"fetchNews": "false"},
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+# The kernel rests, and every code cell has its number or one has failed; or a dialogue waits for an answer.
+ENDED = """() => {
+    const {sessionContext, content} = jupyterapp.shell.currentWidget
+    const cells = [...content.model.cells].filter(cell => cell.type == 'code' && cell.sharedModel.getSource().trim())
+    const failed = cell => cell.outputs.toJSON().some(output => output.output_type == 'error')
+    const done = cells.every(cell => cell.executionCount !== null) || cells.some(failed)
+    return document.querySelector('.jp-Dialog') || sessionContext.session?.kernel?.status == 'idle' && done
+}"""
+LOADED = "window.jupyterapp?.shell.currentWidget?.content?.model?.cells?.length"
+KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
+PICTURES = """[...jupyterapp.shell.currentWidget.node.querySelectorAll('.jp-OutputArea-output img')]
+    .filter(image => image.complete && image.naturalWidth).length"""
+
+
+def lab_command() -> list[str]:
+    """What `make lab` starts, by this interpreter."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    printed = subprocess.run(["make", "-n", "-o", ".venv/.ready", "lab", "LAB=--no-browser --expose-app-in-browser"],
+                             cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout  # fmt: skip
+    program, command, *options = shlex.split(printed.replace("\\\n", " "))
+    assert (Path(program).name, command) == ("jupyter", "lab")
+    return [sys.executable, "-m", "jupyterlab", *options]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A running JupyterLab on copies of the notebooks: their folder, and the address that it prints."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, path)
+    for kind, setting in SETTINGS.items():
+        path = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / f"{kind}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(setting))
+    places = {"BAGSSL_DATA": "data", "BAGSSL_RESULTS": "results", "BAGSSL_RUNS": "results/runs", "IPYTHONDIR": "ipython",
+              "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "share", "JUPYTER_RUNTIME_DIR": "runtime"}  # fmt: skip
+    environment = {**os.environ, **{name: str(folder / place) for name, place in places.items()}}
+    with open(folder / "log.txt", "w") as log:
+        server = subprocess.Popen(lab_command(), cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 120
+        while not (found := re.search(r"http://127\S+", (folder / "log.txt").read_text())):
+            assert server.poll() is None and time.monotonic() < until, (folder / "log.txt").read_text()
+            time.sleep(0.2)
+        yield folder / "notebooks", found[0]
+    finally:
+        server.terminate()  # its kernels end with it
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    asked = os.environ.get("CHROMIUM")
+    program = next(filter(None, map(shutil.which, [asked] if asked else BROWSERS)), None)
+    if program is None:
+        pytest.fail(f"there is no {asked or ', '.join(BROWSERS)}: install Chromium, or set CHROMIUM to one", pytrace=False)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--disable-gpu", "--disable-background-networking"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, lab):
+    """A page in which anything but the server at hand is out of reach, and asking for it is a failure."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(60 * SECOND)
+    outside: list[str] = []
+    origin = re.match(r"http://[^/]+", lab[1])[0]
+
+    def refuse(route) -> None:
+        outside.append(route.request.url)
+        route.abort()
+
+    page.route(lambda url: not url.startswith((origin, "data:", "blob:")), refuse)
+    yield page
+    page.evaluate("jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.close()
+    assert outside == []
+
+
+def open_notebook(page, lab, name: str) -> None:
+    """Open a notebook as if it were the only one ever opened, with the kernel that it names."""
+    named = nbformat.read(lab[0] / name, as_version=4).metadata.kernelspec
+    page.goto(re.sub(r"/tree/[^?]*\?", f"/tree/{name}?reset&", lab[1]))
+    page.wait_for_function(LOADED)
+    page.wait_for_function(f"{KERNEL}?.status == 'idle' || document.querySelector('.jp-Dialog')")
+    assert page.locator(".jp-Dialog").all_inner_texts() == []
+    assert page.evaluate("jupyterapp.shell.currentWidget.context.path") == name
+    assert page.evaluate(f"{KERNEL}.name") == named.name
+    assert named.display_name in page.locator(".jp-Notebook-toolbar .jp-KernelName, .jp-Toolbar-kernelName").first.inner_text()
+
+
+def choose(page, menu: str, entry: str) -> None:
+    page.get_by_role("menubar").get_by_text(menu, exact=True).click()
+    page.locator(".lm-Menu-itemLabel").get_by_text(entry, exact=True).click()
+
+
+def run_all(page, lab, name: str) -> nbformat.NotebookNode:
+    """Restart the kernel, run all cells, save; the notebook as it then lies on disk."""
+    choose(page, "Edit", "Clear Outputs of All Cells")
+    choose(page, "Run", "Restart Kernel and Run All Cells…")
+    page.locator(".jp-Dialog").get_by_role("button", name="Confirm Kernel Restart").click()
+    page.locator(".jp-Dialog").wait_for(state="detached")
+    page.wait_for_function(ENDED, timeout=PATIENCE, polling=SECOND)
+    assert page.locator(".jp-Dialog").all_inner_texts() == []
+    choose(page, "File", "Save Notebook")
+    page.wait_for_function("!jupyterapp.shell.currentWidget.context.model.dirty")
+    return nbformat.read(lab[0] / name, as_version=4)
+
+
+def pictures(cell) -> int:
+    return sum("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def faults(executed, committed) -> list[str]:
+    """What is wrong with an executed notebook beside the committed one, a line for each cell; empty when all is well."""
+    found = []
+    for number, (cell, model) in enumerate(zip(executed.cells, committed.cells, strict=True)):
+        if cell.cell_type != "code":
+            continue
+        errors = [f"{output.ename}: {output.evalue}" for output in cell.outputs if output.output_type == "error"]
+        if errors:
+            found.append(f"cell {number}: {errors[0]}")
+        elif cell.execution_count is None:
+            found.append(f"cell {number}: not executed")
+        elif pictures(cell) != pictures(model):
+            found.append(f"cell {number}: {pictures(cell)} figures, not {pictures(model)}")
+    return found
+
+
+def keep_screenshot(page, name: str) -> None:
+    """The whole notebook: the window grows to the height of what it holds."""
+    height = page.evaluate("jupyterapp.shell.currentWidget.content.node.querySelector('.jp-WindowedPanel-inner').scrollHeight")
+    page.set_viewport_size({"width": 1200, "height": min(height + 250, 16000)})
+    page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
+    page.wait_for_timeout(SECOND)  # for the layout to follow
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def test_make_lab_opens_the_tour(page, lab):
+    page.goto(lab[1])
+    page.wait_for_function(LOADED)
+    assert page.evaluate("jupyterapp.shell.currentWidget.context.path") == "00_tour.ipynb"
+    files = page.locator(".jp-DirListing-item").all_inner_texts()
+    assert all(any(path.name in text for text in files) for path in PATHS)  # the others are a click away
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(page, lab, path):
+    committed = nbformat.read(path, as_version=4)
+    open_notebook(page, lab, path.name)
+    assert page.evaluate(PICTURES) == 0  # what is seen later was made here
+    executed = run_all(page, lab, path.name)
+    keep_screenshot(page, path.stem)
+    assert faults(executed, committed) == []
+    expected = sum(pictures(cell) for cell in committed.cells if cell.cell_type == "code")
+    assert expected and page.evaluate(PICTURES) == expected
+
+
+@pytest.mark.parametrize(("name", "before", "after", "result"), [
+    ("00_tour.ipynb", "ks: list[int] = [0, 1, 4, 16]", "ks: list[int] = [0, 1, 4, 9]", "a bag of 9 patches"),
+])  # fmt: skip
+def test_a_changed_parameter_changes_the_result(page, lab, name, before, after, result):
+    committed = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    assert before in str(committed) and result not in str(committed)
+    open_notebook(page, lab, name)
+    page.locator(".jp-CodeCell .cm-line", has_text=before).click()
+    for key in ("Home", "Shift+End"):
+        page.keyboard.press(key)
+    page.keyboard.insert_text(after)
+    executed = run_all(page, lab, name)
+    assert faults(executed, committed) == []
+    assert result in str([cell.outputs for cell in executed.cells if cell.cell_type == "code"])
+
+
+def test_a_failing_notebook_is_found_out(page, lab):
+    new = nbformat.v4
+    sources = ["import sys; print(sys.executable)", "1 / 0", "print('never reached')", "2"]
+    metadata = nbformat.read(PATHS[0], as_version=4).metadata
+    notebook = new.new_notebook(cells=[new.new_code_cell(source) for source in sources], metadata=metadata)
+    nbformat.write(notebook, lab[0] / "failing.ipynb")
+    open_notebook(page, lab, "failing.ipynb")
+    executed = run_all(page, lab, "failing.ipynb")
+    assert executed.cells[0].outputs[0].text.strip() == sys.executable  # and the kernel is this environment's
+    assert faults(executed, notebook) == ["cell 1: ZeroDivisionError: division by zero", "cell 2: not executed",
+                                          "cell 3: not executed"]  # fmt: skip
+    notebook.cells[0].outputs = [new.new_output("display_data", {"image/png": ""})]
+    assert faults(executed, notebook)[0] == "cell 0: 0 figures, not 1"
