@@ -1,8 +1,15 @@
-"""What can go wrong, in three words; the command line turns each into an exit code."""
+"""What can go wrong, in three words; the command line turns each into an exit code, a notebook into one line."""
+
+
+def _one_line(error: Exception) -> list[str]:
+    """What IPython shows in the place of a traceback: the message says all that the reader needs."""
+    return [f"{type(error).__name__}: {error}"]
 
 
 class InputError(ValueError):
     """Wrong input: the message is one line that says what is wrong and what to do (exit code 2)."""
+
+    _render_traceback_ = _one_line
 
 
 class Stopped(Exception):
@@ -12,6 +19,10 @@ class Stopped(Exception):
         super().__init__(message)
         self.interrupted = interrupted
 
+    _render_traceback_ = _one_line
+
 
 class Diverged(RuntimeError):
     """Training gave NaN or collapsed; the message names the term (exit code 1)."""
+
+    _render_traceback_ = _one_line

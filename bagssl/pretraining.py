@@ -247,11 +247,12 @@ def pretrain(
         if (checkpoint := run.path / "checkpoint.pt").exists():  # killed when nothing but this was left to do
             checkpoint.unlink(missing_ok=True)
         return run
-    with runs.locked(run):
+    deadline = _deadline(time_limit)
+    with runs.locked(run, deadline):
         if not run.finished:  # it may have been finished while we waited
             runs.reopen(run)
             dtype = pick_precision(precision, device)
-            _train(config, images, run, device, dtype, compiled, _deadline(time_limit), checkpoint_every, progress)
+            _train(config, images, run, device, dtype, compiled, deadline, checkpoint_every, progress)
     return run
 
 

@@ -31,6 +31,24 @@ def progress_bar(total: int, done: int, label: str, enabled: bool = True) -> Ite
             yield update
 
 
+@contextmanager
+def notice(text: str) -> Iterator[None]:
+    """Say what is waited for: a line on stderr, or one in the notebook that goes when the wait is over."""
+    if not in_notebook():
+        print(text, file=sys.stderr, flush=True)
+        yield
+        return
+    from IPython.display import display
+
+    content = {"text/plain": text, "text/html": f"<code>{text}</code>"}
+    handle = display(content, raw=True, display_id=True)
+    _show_in_terminal(text)
+    try:
+        yield
+    finally:
+        handle.update(_NOTHING, raw=True)
+
+
 def in_notebook() -> bool:
     """Whether this process is a Jupyter kernel."""
     ipython = sys.modules.get("IPython")
@@ -60,10 +78,17 @@ def _in_notebook(total: int, already: int, label: str) -> Iterator[Callable[[int
             left = (now - started) * (total - done) / max(done - already, 1)
             content = line(done, f"{note}  about {left / 60:.0f} min left" if left > 60 else note)
             handle.update(content, raw=True)
-            if file := os.environ.get("BAGSSL_PROGRESS"):  # the batch shows it in the terminal
-                Path(file).write_text(content["text/plain"])
+            _show_in_terminal(content["text/plain"])
 
     try:
         yield update
     finally:
-        handle.update({"text/plain": "", "text/html": ""}, raw=True)  # a finished bar says nothing
+        handle.update(_NOTHING, raw=True)  # a finished bar says nothing
+
+
+_NOTHING = {"text/plain": "", "text/html": ""}
+
+
+def _show_in_terminal(text: str) -> None:
+    if file := os.environ.get("BAGSSL_PROGRESS"):  # of the batch, which shows its text
+        Path(file).write_text(text)

@@ -19,6 +19,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -33,8 +34,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from bagssl.errors import InputError
+from bagssl.errors import InputError, Stopped
 from bagssl.paths import home, runs_root, write_atomically
+from bagssl.progress import notice
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
 RECIPE = 1
@@ -146,14 +148,21 @@ def list_runs(root: Path | None = None) -> list[Run]:
 
 
 @contextlib.contextmanager
-def locked(run: Run, say=lambda message: print(message, file=sys.stderr, flush=True)) -> Iterator[None]:
-    """Hold the run: whoever else wants it waits. The system frees the lock when its holder dies."""
-    lock = FileLock(run.path / ".lock")
+def locked(run: Run, deadline: float = math.inf) -> Iterator[None]:
+    """Hold the run: whoever else wants it waits. The system frees the lock when its holder dies.
+
+    Raises Stopped when the wait reaches `deadline` (Unix time, in seconds) or is interrupted by Ctrl-C.
+    """
+    lock, name = FileLock(run.path / ".lock"), run.path.name
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"{run.path.name} is being trained by another process: waiting for it")
-        lock.acquire()
+        try:
+            with notice(f"{name} is being trained by another process: waiting for it"):
+                lock.acquire(timeout=-1 if deadline == math.inf else max(0, deadline - time.time()))
+        except (KeyboardInterrupt, Timeout) as stop:
+            message = f"{name} is still being trained by another process; the next call waits for it again"
+            raise Stopped(message, interrupted=isinstance(stop, KeyboardInterrupt)) from None
     try:
         yield
     finally:

@@ -40,8 +40,8 @@ NOTEBOOKS = {
     "killed": ["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"],
     "left": ["raise SystemExit(0)", "1"],
     "stopped": ["import os\nassert float(os.environ['BAGSSL_DEADLINE']) > 0",
-                "class Stopped(Exception): ...\nraise Stopped('at crop 100')"],
-    "refused": ["class InputError(ValueError): ...\nraise InputError('epochs = -1 is outside 0 to 10')"],
+                "from bagssl.errors import Stopped\nraise Stopped('at crop 100')"],
+    "refused": ["from bagssl.errors import InputError\nraise InputError('epochs = -1 is outside 0 to 10')"],
     "long": ["import pathlib, os\npathlib.Path(os.environ['BAGSSL_OUTPUT'], 'pid').write_text(str(os.getpid()))",
              "import time\ntime.sleep(100)"],
 }  # fmt: skip

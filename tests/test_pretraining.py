@@ -317,6 +317,16 @@ def test_two_processes_at_once_train_one_run(tmp_path):
     assert finished_run(tmp_path)
 
 
+def test_waiting_for_another_process_ends_at_the_time_limit(images, tmp_path, capsys):
+    config = PretrainConfig(**TINY)
+    run = runs.open_run(config.to_dict(), images.fingerprint, config.label, tmp_path)
+    with runs.locked(run), pytest.raises(Stopped, match="still being trained by another process") as stop:
+        train(images, tmp_path, time_limit=0)
+    assert not stop.value.interrupted
+    assert "is being trained by another process: waiting for it\n" in capsys.readouterr().err
+    assert train(images, tmp_path).finished
+
+
 def test_a_damaged_checkpoint_means_training_again(images, tmp_path, capsys):
     straight = train(images, tmp_path / "straight")
     with pytest.raises(Stopped):
