@@ -37,7 +37,7 @@ test-browser: $(READY)  ## JupyterLab in a headless Chromium, all notebooks or N
 		if [ `id -u` = 0 ] && command -v apt-get >/dev/null; then \
 			apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null && exit; fi; \
 		echo "bagssl: no browser found: install Chromium (Debian: apt install chromium) or Chrome, or name one by CHROMIUM=" >&2; exit 1
-	@$(BIN)/python -m pytest -p no:cacheprovider -m browser $(if $(NOTEBOOK),-k "$(NOTEBOOK) or failing") tests/test_browser.py
+	@$(BIN)/python -m pytest -p no:cacheprovider -m browser $(if $(NOTEBOOK),-k "$(NOTEBOOK) or the_lab") tests/test_browser.py
 
 # Root, in a container, is not refused: the address that JupyterLab prints has a token.
 lab: $(READY)  ## JupyterLab, opened at the tour; with options: make lab LAB=--no-browser
