@@ -76,13 +76,21 @@ def knn(
     bank, queries = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
     predicted = []
     for block in queries.split(max(1, 2**24 // len(bank))):
-        similarity, nearest = (block @ bank.T).topk(k, dim=1, sorted=False)
-        # less the largest, so that a low temperature does not overflow: the order of the votes stays
-        weight = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
-        votes = weight.new_zeros(len(block), len(classes)).scatter_add_(1, targets[nearest], weight)
+        votes = vote(block @ bank.T, targets, len(classes), k, temperature)
         predicted.append(classes[votes.argmax(dim=1)])
     settings = {"probe": "knn", "metric": "cosine", "k": k, "temperature": temperature}
     return _accuracy(torch.cat(predicted), test_labels, settings)
+
+
+def vote(similarity: Tensor, targets: Tensor, classes: int, k: int = 200, temperature: float = 0.1) -> Tensor:
+    """The votes of the k nearest, [queries, classes], of which the largest is the answer.
+
+    similarity: cosines [queries, training images]; targets: the place of each training image's class.
+    """
+    similarity, nearest = similarity.topk(min(k, len(targets)), dim=1, sorted=False)
+    # less the largest, so that a low temperature does not overflow: the order of the votes stays
+    weight = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
+    return weight.new_zeros(len(weight), classes).scatter_add_(1, targets[nearest], weight)
 
 
 def linear(
