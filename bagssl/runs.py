@@ -25,8 +25,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ def run_key(config: dict[str, Any], fingerprint: str) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """One folder of the store."""
+    """One folder of the store. It shows itself, whatever state its folder is in: as a line of text, and in a notebook."""
 
     path: Path
 
@@ -101,6 +102,14 @@ class Run:
         """Whether all that marks a finished run is there; one that has lost a file is not."""
         return all((self.path / name).exists() for name in _WRITTEN)
 
+    def __repr__(self) -> str:
+        return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
+
+    def _repr_html_(self) -> str:
+        title, *lines = map(escape, [*_lines(self), self.path.name])
+        return (f'<div style="display: flex; gap: 1.5em; align-items: center">{_loss_curve(_history(self))}'
+                f"<div><b>{title}</b><br>{'<br>'.join(lines)}</div></div>")  # fmt: skip
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors of encoder and projector, by name. Raises InputError when the file is not the one written."""
         from safetensors import SafetensorError
@@ -117,6 +126,78 @@ class Run:
             return load(content)
         except SafetensorError as error:
             raise InputError(f"{path} is no safetensors file ({error}); {_AGAIN}") from error
+
+
+# ---- how a run shows itself: a folder may be half-written, damaged or gone, so whatever cannot be read is left out
+
+
+def _known(read: Callable[[], Any], otherwise: Any = "") -> Any:
+    try:
+        return read()
+    except Exception:  # noqa: BLE001 - a damaged record may hold anything
+        return otherwise
+
+
+def _lines(run: Run) -> list[str]:
+    """What was trained; how far, for how long and on what; the last terms of the loss."""
+    config, metrics, made = (_known(lambda name=name: getattr(run, name)) for name in ("config", "metrics", "provenance"))
+    names = ["dataset", "objective", "training"]
+    if _known(lambda: config["training"]) == "untrained":
+        names.remove("objective")
+    words = [*(_known(lambda name=name: str(config[name])) for name in names), _known(lambda: f"seed {config['seed']}")]
+    state = _known(lambda: _state(run, config, metrics, made), "its folder cannot be read")
+    last = _known(lambda: metrics["final"]) or _known(lambda: {"loss": _history(run)[-1]["loss"]})
+    terms = _known(lambda: [f"{name} {last[name]:.4g}" for name in sorted(last, key=lambda name: (name != "loss", name))], [])
+    lines = [", ".join(filter(None, words)) or "a run whose configuration cannot be read", state, ", ".join(terms)]
+    return [" ".join(line.split()) for line in lines if line]
+
+
+def _state(run: Run, config: Any, metrics: Any, made: Any) -> str:
+    """`finished: 64,000 crops in 256 s, 2 cores of AMD EPYC` or `stopped or in training, saved at step 120 of 500`."""
+    if run.finished:
+        cost = _known(lambda: f": {metrics['crops']:,} crops in {metrics['seconds']:,.0f} s")
+        return f"finished{cost}{_known(lambda: f', {_device(made)}')}"
+    if not run.path.exists():
+        return "its folder is gone"
+    if not (run.path / "checkpoint.pt").exists():
+        return "not started, or not yet at its first checkpoint"
+    step = _known(lambda: int(_checkpoint(run)["step"]), None)
+    if step is None:
+        return "its checkpoint cannot be read"
+
+    def steps() -> str:
+        row = _history(run)[-1]
+        return f" of {round(config['epochs'] * row['step'] / row['epoch'])}"
+
+    return f"stopped or in training, saved at step {step}{_known(steps)}"
+
+
+def _device(made: Any) -> str:
+    processor, cores, gpu = (made["hardware"][name] for name in ("processor", "cores", "gpu"))
+    return gpu if gpu and made["device"] != "cpu" else f"{cores} core{'' if cores == 1 else 's'} of {processor}"
+
+
+def _checkpoint(run: Run) -> dict[str, Any]:
+    return torch.load(run.path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
+
+
+def _history(run: Run) -> list[dict[str, float]]:
+    return _known(lambda: run.history if run.finished else _checkpoint(run)["history"], [])
+
+
+def _loss_curve(history: list[dict[str, float]], width: int = 160, height: int = 48) -> str:
+    """The loss over the steps as an SVG in the colour of the text around it, without axes: lowest and highest fill it."""
+    points = _known(lambda: [(row["step"], row["loss"]) for row in history if math.isfinite(row["loss"])], [])
+    if len(points) < 2:
+        return ""
+    (first, last), losses = (points[0][0], points[-1][0]), [loss for _, loss in points]
+    low, reach = min(losses), (max(losses) - min(losses)) or 1
+    places = (f"{width * (step - first) / ((last - first) or 1):.1f},{height * (1 - (loss - low) / reach):.1f}" for step, loss in points)
+    return (f'<svg width="{width}" height="{height}" viewBox="-2 -2 {width + 4} {height + 4}" role="img" aria-label="loss">'
+            f'<polyline points="{" ".join(places)}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>')  # fmt: skip
+
+
+# ---- finding, writing and reading runs
 
 
 def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | None = None) -> Run:
