@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import mistune
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -118,12 +120,38 @@ def _texts(table: pd.DataFrame) -> list[list[str]]:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table, columns aligned; a notebook shows it by IPython.display.Markdown."""
+    """A Markdown table, columns aligned; a notebook shows it by `Table`."""
     rows = [[text.replace("|", "\\|") for text in row] for row in _texts(table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     cells = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Table:
+    """What a notebook shows of a table: sorted by a click on a column's head where scripts run, Markdown elsewhere."""
+
+    frame: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return markdown(self.frame)
+
+    _repr_markdown_ = __repr__
+
+    def _repr_html_(self) -> str:
+        script = Path(__file__).with_name("sortable.js.j2").read_text(encoding="utf-8")
+        html = mistune.create_markdown(escape=True, plugins=["table"])(markdown(self.frame))
+        return f"""<style>
+.sortable :is(th, td) {{ text-align: left }} .sortable .number {{ text-align: right }} .sortable th {{ cursor: pointer }}
+.sortable th[aria-sort]::after {{ content: " ↑" }} .sortable th[aria-sort=descending]::after {{ content: " ↓" }}
+</style>
+<div class="sortable">{html}</div>
+<script>
+{{
+{script}sortable(document.currentScript.previousElementSibling.firstElementChild);
+}}
+</script>"""
 
 
 def latex(table: pd.DataFrame) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from html import unescape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -86,6 +88,17 @@ def test_floats_of_a_column_have_the_same_decimals():
     assert [[word.strip() for word in line.split("|")[1:-1]] for line in lines[2:]] == [
         ["36.00", "1", "x", "1"], ["-33.52", "2", "0.5", "2"], ["–", "3", "0.0", "3"]]
     assert figures.markdown(table.iloc[:0]).count("\n") == 2
+
+
+def test_a_table_shows_every_cell_as_html_and_stands_alone():
+    frame = pd.DataFrame({"<b>name": ["a & b", "</script>"], "ours": ["**65.0 ± 0.2**", np.nan]})
+    shown = figures.Table(frame)
+    html = shown._repr_html_()
+    cells = [unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", html)]
+    assert cells == ["<b>name", "ours", "a & b", "<strong>65.0 ± 0.2</strong>", "</script>", figures.DASH]
+    assert html.count("<strong>") == html.count("<script>") == html.count("</script>") == 1
+    assert "http" not in html and "import" not in html and html == figures.Table(frame)._repr_html_()
+    assert repr(shown) == shown._repr_markdown_() == figures.markdown(frame)
 
 
 def test_the_paper_has_one_verified_value_with_its_source():
