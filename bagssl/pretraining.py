@@ -103,7 +103,7 @@ class PretrainConfig:
         allowed = [name for name in inspect.signature(OBJECTIVES[self.objective]).parameters if name not in ("z", "target")]
         for name, value in self.options.items():
             if name not in allowed:
-                raise InputError(f"{self.objective} has no option '{name}': it has {', '.join(allowed) or 'none'}")
+                raise InputError(f"{self.objective} has no option {name!r}: it has {', '.join(allowed) or 'none'}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 raise InputError(f"option {name} = {value!r} of {self.objective} must be a positive number")
         if self.training != "untrained" and not self.epochs:
@@ -138,7 +138,7 @@ class PretrainConfig:
         names = [field_.name for field_ in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                raise InputError(f"unknown setting '{name}': there are {', '.join(names)}")
+                raise InputError(f"unknown setting {name!r}: there are {', '.join(names)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from bagssl.progress import notice
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
 RECIPE = 1
-_WRITTEN = ("weights.safetensors", "history.csv", "provenance.json", "metrics.json")  # by `finish`, in this order
+_RECORD = ("history.csv", "provenance.json", "metrics.json")  # by `finish`, after the weights, in this order
 _AGAIN = "delete the folder to train the run again"
 
 
@@ -99,8 +99,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all that marks a finished run is there; one that has lost a file is not."""
-        return all((self.path / name).exists() for name in _WRITTEN)
+        """Whether its whole record is there. The weights may have been left elsewhere: what was measured holds."""
+        return all((self.path / name).exists() for name in _RECORD)
 
     def __repr__(self) -> str:
         return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
@@ -118,6 +118,8 @@ class Run:
         path = self.path / "weights.safetensors"
         try:
             content = path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{self.path} has no weights: copy {path.name} from where it was trained; or {_AGAIN}") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         if hashlib.sha256(content).hexdigest() != self.metrics["weights_sha256"]:
@@ -153,12 +155,15 @@ def _lines(run: Run) -> list[str]:
 
 
 def _state(run: Run, config: Any, metrics: Any, made: Any) -> str:
-    """`finished: 64,000 crops in 256 s, 2 cores of AMD EPYC` or `stopped or in training, saved at step 120 of 500`."""
+    """`finished: 64,000 crops in 256 s, AMD EPYC, 2 cores` or `stopped or in training, saved at step 120 of 500`."""
     if run.finished:
         cost = _known(lambda: f": {metrics['crops']:,} crops in {metrics['seconds']:,.0f} s")
-        return f"finished{cost}{_known(lambda: f', {_device(made)}')}"
+        return f"finished{cost}{_known(lambda: ', ' + machine(made['hardware']))}"
     if not run.path.exists():
         return "its folder is gone"
+    if metrics:
+        cost = _known(lambda: f": {metrics['crops']:,} crops")
+        return f"has lost {' and '.join(name for name in _RECORD if not (run.path / name).exists())}{cost}"
     if not (run.path / "checkpoint.pt").exists():
         return "not started, or not yet at its first checkpoint"
     step = _known(lambda: int(_checkpoint(run)["step"]), None)
@@ -170,11 +175,6 @@ def _state(run: Run, config: Any, metrics: Any, made: Any) -> str:
         return f" of {round(config['epochs'] * row['step'] / row['epoch'])}"
 
     return f"stopped or in training, saved at step {step}{_known(steps)}"
-
-
-def _device(made: Any) -> str:
-    processor, cores, gpu = (made["hardware"][name] for name in ("processor", "cores", "gpu"))
-    return gpu if gpu and made["device"] != "cpu" else f"{cores} core{'' if cores == 1 else 's'} of {processor}"
 
 
 def _checkpoint(run: Run) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | 
 
 def reopen(run: Run) -> None:
     """Take the mark from a finished run that has lost a file, so that it is trained again, and say so."""
-    lost, mark = [name for name in _WRITTEN if not (run.path / name).exists()], run.path / "metrics.json"
+    lost, mark = [name for name in _RECORD if not (run.path / name).exists()], run.path / "metrics.json"
     if lost and mark.exists():
         print(f"{run.path} has lost {' and '.join(lost)}: it is trained again", file=sys.stderr, flush=True)
         mark.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -55,13 +56,13 @@ def refused(do, match: str = "") -> str:
 # What is lost
 
 
-@pytest.mark.parametrize("name", ["config.json", "history.csv", "weights.safetensors", "provenance.json", "metrics.json"])
+@pytest.mark.parametrize("name", ["config.json", "history.csv", "provenance.json", "metrics.json"])
 def test_a_run_that_has_lost_a_file_is_trained_again_and_says_so(name, tmp_path, capsys):
     run = train(tmp_path)
     weights = written(run)
     (run.path / name).unlink()
     uses = {"config.json": lambda: load_encoder(run), "history.csv": lambda: run.history,
-            "weights.safetensors": lambda: load_projector(run), "provenance.json": lambda: run.provenance,
+            "provenance.json": lambda: run.provenance,
             "metrics.json": lambda: evaluate(run, IMAGES, 0.5, [0], scale=1, progress=False)}  # fmt: skip
     refused(uses[name], f"cannot read .*{name}")
     assert runs.list_runs(tmp_path) == ([] if name == "config.json" else [run])
@@ -73,6 +74,16 @@ def test_a_run_that_has_lost_a_file_is_trained_again_and_says_so(name, tmp_path,
     assert (f"has lost {name}: it is trained again" in said) == (name not in {"config.json", "metrics.json"})
     if mark is not None:  # nothing but the training can say what the others do; this one follows from the call
         assert (run.path / "provenance.json").read_bytes() == mark and runs.list_runs(tmp_path) == [run]
+
+
+def test_a_run_whose_weights_were_left_elsewhere_still_says_what_was_measured(tmp_path):
+    run = train(tmp_path)
+    how = {"probes": ["knn"], "scale": 1, "progress": False}
+    rows = evaluate(run, IMAGES, 0.5, [0], **how)
+    (run.path / "weights.safetensors").unlink()
+    assert train(tmp_path) == run and run.finished and evaluate(run, IMAGES, 0.5, [0], **how) == rows
+    refused(lambda: load_projector(run), "has no weights: copy weights.safetensors")
+    refused(lambda: evaluate(run, IMAGES, 0.5, [4], **how), "has no weights")
 
 
 def test_while_a_lost_file_is_trained_again_the_old_mark_is_gone(tmp_path):
@@ -305,21 +316,23 @@ with runs.locked(runs.Run(Path(sys.argv[1]))):
 """
 
 
-def test_a_run_held_elsewhere_is_waited_for_and_its_holders_death_frees_it(tmp_path):
+def test_a_run_held_elsewhere_is_waited_for_and_its_holders_death_frees_it(tmp_path, monkeypatch):
     """As on a folder that two machines share; the lock is the system's, so no stale one can be left."""
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert holder.stdout.readline() == "held\n"
     said = []
 
-    def say(message):
+    def notice(message):
         said.append(message)
         holder.kill()
+        return contextlib.nullcontext()
 
-    with runs.locked(runs.Run(tmp_path), say):
+    monkeypatch.setattr(runs, "notice", notice)
+    with runs.locked(runs.Run(tmp_path)):
         assert holder.wait(60) < 0
     assert len(said) == 1 and "waiting" in said[0]
-    with runs.locked(runs.Run(tmp_path), said.append):  # the file of the lock is still there, and nobody holds it
+    with runs.locked(runs.Run(tmp_path)):  # the file of the lock is still there, and nobody holds it
         assert (tmp_path / ".lock").exists() and len(said) == 1
     holder.stdin.close()
     holder.stdout.close()
