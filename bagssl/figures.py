@@ -143,7 +143,7 @@ class Table:
         script = Path(__file__).with_name("sortable.js.j2").read_text(encoding="utf-8")
         html = mistune.create_markdown(escape=True, plugins=["table"])(markdown(self.frame))
         return f"""<style>
-.sortable :is(th, td) {{ text-align: left }} .sortable .number {{ text-align: right }} .sortable th {{ cursor: pointer }}
+.sortable th {{ cursor: pointer }}
 .sortable th[aria-sort]::after {{ content: " ↑" }} .sortable th[aria-sort=descending]::after {{ content: " ↓" }}
 </style>
 <div class="sortable">{html}</div>
