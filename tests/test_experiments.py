@@ -21,6 +21,7 @@ import yaml
 from bagssl import experiments
 from bagssl.errors import InputError, Stopped
 
+ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """name: str = "x"
 numbers: list[int] = [1, 4]  # several
 rate: float = 0.5
@@ -338,3 +339,50 @@ def test_bare_needs_no_jupyter_and_has_the_same_ends(tmp_path, monkeypatch, caps
         bare(time_limit=-1)
     monkeypatch.setenv("BAGSSL_DEADLINE", "")  # to be put back as it was
     assert bare(time_limit=100) == 0 and float((tmp_path / "made").read_text().split()[1]) > time.time()
+
+
+CHECK = "from bagssl import experiments\nfound = experiments.check_parameters(globals())"
+USE = "print(sorted(found.items())); print(type(on), numbers, rate)"
+
+
+@pytest.fixture(scope="module")
+def checking(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("a folder, with é")
+    write_notebook(folder / "check.ipynb", [CHECK, USE])
+    experiments.normalise_notebook(folder / "check.ipynb")  # it then names its kernel
+    (folder / "some.yaml").write_text("rate: 1e-3\nnumbers: [2]\n")
+    return folder / "check.ipynb"
+
+
+def by_papermill(notebook: Path, folder: Path, *words: str) -> tuple[int, nbformat.NotebookNode]:
+    """Plain papermill, called from elsewhere, into another folder."""
+    target = folder / "out put.ipynb"
+    words = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(target), *words]
+    process = subprocess.run(words, check=False, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return process.returncode, nbformat.read(target, as_version=4)
+
+
+def test_plain_papermill_gives_each_parameter_its_type(checking, tmp_path):
+    code, made = by_papermill(checking, tmp_path, "-p", "on", "true", "-p", "numbers", "2,3", "-y", "{rate: 1e-3, options: {lr: 1e-3}}",
+                              "--cwd", str(tmp_path))  # fmt: skip
+    said = made.cells[-1].outputs[0].text
+    assert code == 0 and "<class 'bool'> [2, 3] 0.001" in said and "('options', {'lr': 0.001})" in said and "('count', 2)" in said
+    code, made = by_papermill(checking, tmp_path, "-f", str(checking.parent / "some.yaml"))
+    assert code == 0 and "[2] 0.001" in made.cells[-1].outputs[0].text
+
+
+@pytest.mark.parametrize("words, answer", [
+    (("-p", "count", "many"), "InputError: parameter count must be int, not 'many'"),
+    (("-p", "rates", "0.5"), "InputError: there is no parameter 'rates'; did you mean 'rate'?")])  # fmt: skip
+def test_plain_papermill_refuses_in_the_first_cell_in_one_line(checking, tmp_path, words, answer):
+    code, made = by_papermill(checking, tmp_path, *words)
+    (error,) = [output for cell in made.cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    assert code and error.traceback == [answer]
+    assert [cell.execution_count for cell in made.cells if cell.cell_type == "code" and cell.source == USE] == [None]
+
+
+def test_every_notebook_checks_its_parameters_first():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        assert code[0].metadata.tags == ["parameters"] and "experiments.check_parameters(globals())" in code[1].source, path.name
+        assert code[-1].source.startswith("figures.Table(comparison.provenance(") and code[-1].source.endswith(", parameters))")
