@@ -93,7 +93,7 @@ class Run:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from error
-        if not text.endswith("\n") or last != self.metrics["steps"]:
+        if not text.endswith("\n") or last != self.metrics.get("steps"):
             raise InputError(f"{path} is damaged: it ends before the last step; {_AGAIN}")
         return rows
 
@@ -122,7 +122,7 @@ class Run:
             raise InputError(f"{self.path} has no weights: copy {path.name} from where it was trained; or {_AGAIN}") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
-        if hashlib.sha256(content).hexdigest() != self.metrics["weights_sha256"]:
+        if hashlib.sha256(content).hexdigest() != self.metrics.get("weights_sha256"):
             raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
         try:
             return load(content)

@@ -290,7 +290,14 @@ def test_other_data_is_another_run(tmp_path):
     assert pretrain(config, other, tmp_path, progress=False).path != first.path and len(runs.list_runs(tmp_path)) == 2
 
 
-# Many runs, several processes
+# Many runs, several processes, any name
+
+
+@pytest.mark.parametrize("name", ["Zoë's \"runs\" of [to]day*", "new\nline", os.fsdecode(b"no text \xff")])
+def test_a_store_may_have_any_name(name, tmp_path):
+    begun(tmp_path / name)
+    run = train(tmp_path / name)
+    assert runs.list_runs(tmp_path / name) == [run] and run.finished and load_encoder(run) and run.history
 
 
 def test_a_thousand_runs_are_listed_without_reading_one(tmp_path):
