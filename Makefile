@@ -17,7 +17,7 @@ unexport MPLBACKEND VIRTUAL_ENV CONDA_PREFIX PYTHONHOME
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-browser lab notebooks lint lock clean unsound
+.PHONY: help reproduce test test-all test-browser lab notebooks lint lock clean unsound
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,11 @@ reproduce: $(READY)  ## every notebook with the profile smoke, on the embedded d
 test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session, file by file on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks tests
+
+test-all: $(READY)  ## everything: as test, with the long tests, then the browser; about an hour on two cores
+	@BAGSSL_FUZZ=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder -m "not browser" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks tests
+	@$(MAKE) test-browser
 
 # Debian's or the reader's own browser: what Playwright would download is neither needed nor asked for.
 test-browser: $(READY)  ## JupyterLab in a headless Chromium, all notebooks or NOTEBOOK=00_tour; screenshots: results/browser

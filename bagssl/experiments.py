@@ -182,7 +182,7 @@ def conform(name: str, value: Any, annotation: str) -> Any:
     An int passes for a float. Raises InputError when the value does not fit.
     """
     try:
-        read = value
+        read = _numbers(value) if isinstance(value, dict) else value
         if isinstance(value, str) and annotation != "str":
             sequence = annotation.startswith(("list", "tuple")) and not value.lstrip().startswith("[")
             read = _numbers(yaml.safe_load(f"[{value}]" if sequence else value))
@@ -640,12 +640,12 @@ def _run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
     import matplotlib.pyplot
 
     matplotlib.use("Agg")
+    def nothing(*what: Any, **how: Any) -> None: ...
+
     shown = types.ModuleType("IPython.display")
-    shown.__getattr__ = lambda name: lambda *what, **how: None
-    ipython = types.ModuleType("IPython")
-    ipython.display, ipython.get_ipython = shown, lambda: None
-    names: dict[str, Any] = {"__name__": "__main__", "display": shown.display}
-    with mock.patch.dict(sys.modules, {"IPython": ipython, "IPython.display": shown}):
+    vars(shown).update(dict.fromkeys(("display", "HTML", "Image", "Markdown", "SVG"), nothing))
+    names: dict[str, Any] = {"__name__": "__main__", "display": nothing}
+    with mock.patch.dict(sys.modules, {"IPython.display": shown}):
         for number, cell in enumerate((cell for cell in _cells(notebook) if cell["cell_type"] == "code"), 1):
             exec(compile("".join(cell["source"]), f"{notebook.name}, cell [{number}]", "exec"), names)  # noqa: S102
             if "parameters" in cell["metadata"].get("tags", []):

@@ -306,7 +306,10 @@ def test_a_notebook_that_is_none_is_refused_in_one_line(content, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-BARE = """import bagssl.errors, pathlib
+BARE = """import bagssl.errors, inspect, pathlib
+inspect.getmodule(inspect.currentframe())  # looks into every module that is loaded
+import matplotlib.pyplot as plt
+plt.subplots()
 from IPython.display import HTML, Markdown
 Markdown(filename="nowhere"); display(HTML(""))
 if not on: raise bagssl.errors.InputError("on must be on")
