@@ -610,16 +610,16 @@ def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapp
     What is kept are the models and their evaluations, in the store: with its folders, `reproduce` is quick elsewhere.
     Tables and figures go to results/by-hand/. Stops as `reproduce` does; what was trained before is not trained again.
     """
-    deadline = None if time_limit is None else time.time() + time_limit
+    deadline = None if time_limit is None else time.monotonic() + time_limit
     chosen = choose(load_experiments(notebooks), names, profile)
     stages = [plan(experiment, profile, overrides) for experiment in chosen]
     worst = 0
     for i, stage in enumerate(stages, 1):
         title, begun = f"[{i}/{len(stages)}] {stage.experiment.name}", time.monotonic()
         if deadline is not None:
-            if time.time() >= deadline:
+            if time.monotonic() >= deadline:
                 raise Stopped("the time is up; run again to go on")
-            os.environ["BAGSSL_DEADLINE"] = f"{deadline:.3f}"
+            os.environ["BAGSSL_DEADLINE"] = f"{time.time() + deadline - time.monotonic():.3f}"
         print(f"{title}: starts", flush=True)
         try:
             _run_cells(stage.experiment.notebook, stage.parameters)
@@ -640,6 +640,7 @@ def _run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
     import matplotlib.pyplot
 
     matplotlib.use("Agg")
+
     def nothing(*what: Any, **how: Any) -> None: ...
 
     shown = types.ModuleType("IPython.display")

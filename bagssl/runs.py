@@ -232,7 +232,7 @@ def list_runs(root: Path | None = None) -> list[Run]:
 def locked(run: Run, deadline: float = math.inf) -> Iterator[None]:
     """Hold the run: whoever else wants it waits. The system frees the lock when its holder dies.
 
-    Raises Stopped when the wait reaches `deadline` (Unix time, in seconds) or is interrupted by Ctrl-C.
+    Raises Stopped when the wait reaches `deadline` (of the monotonic clock, in seconds) or is interrupted by Ctrl-C.
     """
     lock, name = FileLock(run.path / ".lock"), run.path.name
     try:
@@ -240,7 +240,7 @@ def locked(run: Run, deadline: float = math.inf) -> Iterator[None]:
     except Timeout:
         try:
             with notice(f"{name} is being trained by another process: waiting for it"):
-                lock.acquire(timeout=-1 if deadline == math.inf else max(0, deadline - time.time()))
+                lock.acquire(timeout=-1 if deadline == math.inf else max(0, deadline - time.monotonic()))
         except (KeyboardInterrupt, Timeout) as stop:
             message = f"{name} is still being trained by another process; the next call waits for it again"
             raise Stopped(message, interrupted=isinstance(stop, KeyboardInterrupt)) from None

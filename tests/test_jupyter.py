@@ -122,7 +122,7 @@ def test_a_run_that_is_trained_elsewhere_is_waited_for_and_not_trained_again(ker
         said = next(message for message in messages if message["msg_type"] == "display_data")
         assert text(said) == f"{run.path.name} is being trained by another process: waiting for it"
         cpu = torch.device("cpu")
-        pretraining._train(config, images, run, cpu, torch.float32, float("inf"), 60, False)
+        pretraining._train(config, images, run, cpu, torch.float32, "none", float("inf"), 60, False)
     rest = list(messages)
     assert [update["data"]["text/plain"] for update in of(rest, "update_display_data")] == [""]
     assert of(rest, "display_data") == errors(rest) == []  # no bar: nothing was trained

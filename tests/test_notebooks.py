@@ -65,7 +65,7 @@ def test_every_notebook_has_the_shape_of_the_house(notebook):
     assert cells[0].source.startswith("# ") and "*Cost:*" in cells[0].source and "*Paper artefact:*" in cells[0].source
     assert [cell.metadata.get("tags") for cell in cells].count(["parameters"]) == 1
     assert sum("## What it says" in source for source in text) == 1
-    assert cells[-1].source.startswith("comparison.provenance(")
+    assert cells[-1].source.startswith("figures.Table(comparison.provenance(")
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert outputs and not any(output.output_type == "error" for output in outputs)
     assert all(cell.execution_count for cell in cells if cell.cell_type == "code"), "executed, from top to bottom"

@@ -327,6 +327,18 @@ def test_waiting_for_another_process_ends_at_the_time_limit(images, tmp_path, ca
     assert train(images, tmp_path).finished
 
 
+def test_before_the_time_limit_it_waits(images, tmp_path, monkeypatch):
+    config, held = PretrainConfig(**TINY), contextlib.ExitStack()
+    held.enter_context(runs.locked(runs.open_run(config.to_dict(), images.fingerprint, config.label, tmp_path)))
+
+    def notice(text):
+        held.close()  # the other process is done as soon as it is waited for
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(runs, "notice", notice)
+    assert train(images, tmp_path, time_limit=600).finished
+
+
 def test_a_damaged_checkpoint_means_training_again(images, tmp_path, capsys):
     straight = train(images, tmp_path / "straight")
     with pytest.raises(Stopped):

@@ -214,6 +214,7 @@ def test_reproduce_refreshes_the_page_when_a_stage_is_fresh(error, tmp_path, mon
 
     def run(kernels, notebook, target, *_):
         target.write_text(story())
+        target.with_suffix(".html").write_text("")
         target.with_name("log.txt").write_text("")
         return error
 
