@@ -27,13 +27,14 @@ reproduce: $(READY)  ## every notebook with the profile smoke, on the embedded d
 
 # One thread in each of several processes: on small tensors that is faster than threads, and processes whose threads
 # wait for each other by spinning bring a machine to a halt.
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600
 test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session, file by file on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks tests
+		$(NBVAL) notebooks tests
 
 test-all: $(READY)  ## everything: as test, with the long tests, then the browser; about an hour on two cores
 	@BAGSSL_FUZZ=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile \
-		--no-loadscope-reorder -m "not browser" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks tests
+		--no-loadscope-reorder -m "not browser" $(NBVAL) notebooks tests
 	@$(MAKE) test-browser
 
 # Debian's or the reader's own browser: what Playwright would download is neither needed nor asked for.

@@ -652,7 +652,7 @@ def table(record: Mapping[str, Any]) -> pd.DataFrame:
                 "asked": _asked(row), "ours / theirs": rates,
                 "theirs": row.get("theirs", figures.DASH), "kNN, ours - theirs": judged}  # fmt: skip
 
-    return pd.DataFrame([shown(row) for each in record["rows"].values() for row in each])
+    return pd.DataFrame([shown(row) for name in ROWS for row in record["rows"].get(name, ())])
 
 
 def _asked(row: Mapping[str, Any]) -> str:

@@ -196,6 +196,8 @@ def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images
             **{f"{name} data": split.fingerprint[:16] for name, split in images.items()},
             **{f"parameter {name}": str(value) for name, value in (parameters or {}).items()},
             "runs": ", ".join(run.path.name for run in trained), "time (UTC)": made["time"]}  # fmt: skip
+    if os.environ.get("BAGSSL_COMMITTED"):  # a notebook to be committed: two executions differ only where results do
+        rows = {name: value for name, value in rows.items() if name not in ("commit", "changed since", "time (UTC)")}
     return pd.Series(rows, name="").to_frame()
 
 

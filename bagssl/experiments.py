@@ -59,7 +59,7 @@ class Experiment:
     profiles: dict[str, Profile]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """One experiment in one profile, ready to run; `key` covers all that its results depend on."""
 
@@ -571,7 +571,7 @@ def reproduce(
     if jobs > 1:  # share the cores out; torch would otherwise use all of them in every kernel
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
-    board, kernels, ended = Board(), Kernels(), []
+    board, kernels, ended = Board(), Kernels(), {}
     with _sigterm_as_ctrl_c(), ThreadPoolExecutor(jobs) as pool:
         waiting = {}
         for i, stage in enumerate(stages, 1):
@@ -582,7 +582,7 @@ def reproduce(
                 for future in wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     stage, say = waiting.pop(future)
                     outcome = future.result()
-                    ended.append((stage.folder, outcome.code))
+                    ended[stage] = outcome.code
                     say(outcome.message, error=outcome.code in (1, 2))
                 board.show(kernels.now())
                 if deadline is not None and time.monotonic() > deadline + OVERTIME and kernels.live:
@@ -595,12 +595,13 @@ def reproduce(
                 kernels.stopping = True
                 kernels.stop(0)
                 raise
-    _say_where(sorted(folder for folder, code in ended if code == 0))
-    if any(code == 0 for _, code in ended):
+    _say_where(sorted(stage.folder for stage, code in ended.items() if code == 0))
+    _say_failures([stage for stage in stages if ended.get(stage) in (1, 2)], len(stages))
+    if 0 in ended.values():
         from bagssl.report import write_report
 
         print(f"All of it on one page: {os.path.relpath(write_report(results))}")
-    return next((code for code in (130, 1, 2, 3) if code in {code for _, code in ended}), 0)
+    return next((code for code in (130, 1, 2, 3) if code in ended.values()), 0)
 
 
 def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
@@ -664,6 +665,15 @@ def _say_where(folders: Sequence[Path]) -> None:
         for path in sorted(folder.rglob("*")):
             if path.suffix in {".md", ".png", ".html", ".ipynb"}:
                 print(f"  {os.path.relpath(path)}")
+
+
+def _say_failures(stages: Sequence[Stage], count: int) -> None:
+    """At the end again, where it is seen: what failed, and where its log is."""
+    if not stages or count == 1:  # one failure has just been said
+        return
+    print(f"{len(stages)} of {count} failed:", file=sys.stderr)
+    for stage in stages:
+        print(f"  {stage.experiment.name}: {os.path.relpath(stage.beside('failed') / 'log.txt')}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -782,7 +792,7 @@ def refresh_notebooks(names: Sequence[str] = (), *, notebooks: Path | None = Non
     for name in names or known:
         with tempfile.TemporaryDirectory() as temporary, _sigterm_as_ctrl_c(), ThreadPoolExecutor(1) as pool:
             begun, target = time.monotonic(), Path(temporary) / name
-            future = pool.submit(kernels.run, (folder / name).resolve(), target, {}, {})
+            future = pool.submit(kernels.run, (folder / name).resolve(), target, {}, {"BAGSSL_COMMITTED": "1"})
             try:
                 while not wait([future], timeout=0.2).done:
                     board.show(kernels.now())

@@ -107,17 +107,18 @@ def test_out_of_time_it_stops_between_rows_and_goes_on_with_those_that_are_left(
 
     now = [0.0]
     monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(bench, "ROWS", {name: rows(name) for name in "abc"})
+    monkeypatch.setattr(bench, "ROWS", {name: rows(name) for name in "cab"})
     made = {"commit": "1", "dirty": False, "time": "", "versions": {}, "hardware": {"gpu": "None at all"}}
     monkeypatch.setattr(bench.runs, "provenance", lambda: made)
     here = {"dataset": "synthetic", "quick": True, "output": tmp_path / "here.json", "time_limit": 100}
-    with pytest.raises(Stopped, match="c left; the next call"):
+    with pytest.raises(Stopped, match="b left; the next call"):
         bench.bench(**here)
-    assert list(json.loads(here["output"].read_text())["rows"]) == ["a", "b"]
+    assert list(json.loads(here["output"].read_text())["rows"]) == ["a", "c"]
     bench.bench(**here)
-    assert "c: 1, asked ≤ 90" in capsys.readouterr().out
+    assert "b: 1, asked ≤ 90" in capsys.readouterr().out
+    assert list(bench.table(json.loads(here["output"].read_text()))["measure"]) == ["c", "a", "b"]
     made["commit"] = "2"  # other code: all of it again
-    with pytest.raises(Stopped, match="time is up, c left"):
+    with pytest.raises(Stopped, match="time is up, b left"):
         bench.bench(**here)
 
 

@@ -206,14 +206,17 @@ def test_senseless_arms_are_refused(wrong):
     assert "\n" not in str(error.value)
 
 
-def test_the_records_of_runs_are_kept_without_their_weights(images, finished, tmp_path):
+def test_the_records_of_runs_are_kept_without_their_weights(images, finished, tmp_path, monkeypatch):
     table = comparison.provenance(tmp_path, finished, {"training": images[0]})
     kept = tmp_path / "runs" / finished[0].path.name
     assert {"config.json", "metrics.json", "history.csv", "provenance.json"} <= {path.name for path in kept.iterdir()}
     assert not list(tmp_path.rglob("*.safetensors"))
     assert table.loc["training data", ""] == images[0].fingerprint[:16]
     assert all(run.key in table.loc["runs", ""] for run in finished)
-    comparison.provenance(tmp_path, finished, {"training": images[0]})  # and again, over what is there
+    monkeypatch.setenv("BAGSSL_COMMITTED", "1")  # by `bagssl notebooks`; and again, over what is there
+    shown = comparison.provenance(tmp_path, finished, {"training": images[0]}, {"seeds": [0, 1]})
+    assert set(table.index) - set(shown.index) == {"commit", "changed since", "time (UTC)"}
+    assert shown.loc["parameter seeds"].item() == "[0, 1]"
 
 
 def test_an_outsiders_objective_and_dataset_appear_in_the_table(monkeypatch, tmp_path):

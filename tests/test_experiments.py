@@ -131,6 +131,14 @@ def test_fresh_is_not_run_again_and_a_failure_keeps_the_last_good_results(result
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_failures_are_named_again_at_the_end_with_their_logs(notebooks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments.Kernels, "run", lambda *_: {"ename": "ValueError", "evalue": "no", "cell": 3})
+    assert experiments.reproduce(["good", "left"], notebooks=notebooks, results=tmp_path) == 1
+    head, *named = capsys.readouterr().err.splitlines()[-3:]
+    assert head == "2 of 2 failed:" and [line.split()[0] for line in named] == ["good:", "left:"]
+    assert named[0].endswith("smoke/.good.failed/log.txt")
+
+
 def test_what_makes_results_stale(results, notebooks, tmp_path, monkeypatch):
     def state(overrides=None, folder=notebooks):
         good = experiments.load_experiments(folder)["good"]
