@@ -198,7 +198,7 @@ def collect(results: Path, profile: str) -> pd.DataFrame:
                 raise InputError(f"{path} is no table: {' '.join(str(error).split())}") from None
             found.append(checked(claim, frame, str(path)).assign(
                 claim=claim, experiment=folder.name, hardware=hardware(folder),
-                table=f"{folder.name}/tables/{path.name}", notebook=f"{folder.name}/{folder.name}.html"))  # fmt: skip
+                table=f"{folder.name}/tables/{path.name}", notebook=f"{folder.name}/{folder.name}.ipynb"))  # fmt: skip
     filled = [frame for frame in found if len(frame)]
     return pd.concat(filled, ignore_index=True) if filled else found[0]
 

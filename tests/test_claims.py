@@ -179,7 +179,7 @@ def test_the_ledger_has_a_row_per_claim_and_dataset_with_the_worst_value(tmp_pat
     found = entry(ledger, "C2", "cifar10")
     assert found["verdict"] == UNDECIDED and found["value"] == "-1.5 points (-2.5 to -0.5); worst of 4: arm 0.5"
     assert found["rule"] == "; ".join(f"patch-based bag over multi-scale {side} above -2 points" for side in ("centre crop", "bag"))
-    assert (found["table"], found["notebook"]) == ("one/tables/claim_c2.csv", "one/one.html")
+    assert (found["table"], found["notebook"]) == ("one/tables/claim_c2.csv", "one/one.ipynb")
     assert entry(ledger, "C2", "synthetic")["verdict"] == HOLDS
     assert entry(ledger, "C2", "synthetic")["hardware"] == "Difference engine, 2 cores"
     assert entry(ledger, "C2", "food")["verdict"] == FAILS
@@ -230,7 +230,7 @@ def test_the_ledger_is_written_twice_the_same(tmp_path):
     files = [tmp_path / "smoke" / f"claims.{suffix}" for suffix in ("csv", "md")]
     before = [path.read_bytes() for path in files]
     pd.testing.assert_frame_equal(pd.read_csv(files[0], keep_default_na=False), ledger)
-    assert b"[table](one/tables/claim_c2.csv), [notebook](one/one.html)" in before[1]
+    assert b"[table](one/tables/claim_c2.csv), [notebook](one/one.ipynb)" in before[1]
     claims.write_ledger(tmp_path, "smoke")
     assert [path.read_bytes() for path in files] == before
     assert sorted(path.name for path in (tmp_path / "smoke").iterdir()) == ["claims.csv", "claims.md", "one"]
