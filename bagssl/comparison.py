@@ -198,7 +198,7 @@ def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images
             "runs": ", ".join(run.path.name for run in trained), "time (UTC)": made["time"]}  # fmt: skip
     if os.environ.get("BAGSSL_COMMITTED"):  # a notebook to be committed: two executions differ only where results do
         rows = {name: value for name, value in rows.items() if name not in ("commit", "changed since", "time (UTC)")}
-    return pd.Series(rows, name="").to_frame()
+    return pd.Series(rows, name="value").rename_axis("made with").to_frame()
 
 
 def output_folder(experiment: str) -> Path:

@@ -47,6 +47,8 @@ def test_a_work_may_bring_its_own_clock(clock):
 def test_memory_is_what_the_work_adds():
     machine = bench.Machine("synthetic", quick=True)
     before = bench._memory(machine)
+    if not before:
+        pytest.skip("this system does not tell a peak from a moment on")
     held = torch.ones(2**25)
     del held  # a peak, not what is left
     assert 120 < bench._memory(machine, peak=True) - before < 160
