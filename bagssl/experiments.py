@@ -513,7 +513,7 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float | None, kernels: Kern
     begun, made_by = time.monotonic(), _provenance(stage)
     environment = {"BAGSSL_OUTPUT": str(partial.resolve())}
     if deadline is not None:
-        environment["BAGSSL_DEADLINE"] = f"{time.time() + deadline - time.monotonic():.3f}"
+        environment["BAGSSL_DEADLINE"] = _unix(deadline)
     target = partial / f"{name}.ipynb"
     error = kernels.run(stage.experiment.notebook.resolve(), target, stage.parameters, environment)
     seconds = time.monotonic() - begun
@@ -620,7 +620,7 @@ def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapp
         if deadline is not None:
             if time.monotonic() >= deadline:
                 raise Stopped("the time is up; run again to go on")
-            os.environ["BAGSSL_DEADLINE"] = f"{time.time() + deadline - time.monotonic():.3f}"
+            os.environ["BAGSSL_DEADLINE"] = _unix(deadline)
         print(f"{title}: starts", flush=True)
         try:
             _run_cells(stage.experiment.notebook, stage.parameters)
@@ -686,6 +686,11 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _unix(deadline: float) -> str:
+    """A deadline of the monotonic clock for $BAGSSL_DEADLINE, which another process reads by the other clock."""
+    return f"{time.time() + deadline - time.monotonic():.3f}"
 
 
 def _iso(seconds: float) -> str:
