@@ -26,6 +26,7 @@ from bagssl.runs import machine, read_json
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
 NUMBERS = ["value", "low", "high"]
+DRAWN = 12  # intervals drawn for a verdict at most, the worst
 LEDGER = ["claim", "dataset", "statement", "measure", "value", "rule", "verdict", "hardware", "table", "notebook"]
 
 
@@ -102,11 +103,15 @@ CLAIMS = {
 # ---- evidence
 
 
-def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> None:
-    """Check the evidence and write output/tables/claim_c4.csv, .md and .tex. Raises InputError when it is wrong."""
+def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> Ruling:
+    """Check the evidence, write output/tables/claim_c4.csv, .md and .tex, and say what it decides.
+
+    Raises InputError for evidence that cannot be judged.
+    """
     rows = checked(claim, frame, f"evidence for {claim}")
     shown = rows[["dataset", "setting", "measure"]].assign(value=[text(row) for row in rows.to_dict("records")])
     figures.write_table(rows, output, f"claim_{claim.lower()}", shown)
+    return Ruling(claim, rows)
 
 
 def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -172,6 +177,70 @@ def verdict(claim: str, evidence: pd.DataFrame) -> str:
     return MISSING if rows.empty else judged(claim, rows)["state"].iloc[0]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Ruling:
+    """What evidence says of a claim: in a notebook the verdict, the intervals beside their threshold, and every row."""
+
+    claim: str
+    evidence: pd.DataFrame  # as `checked` gives it
+
+    @property
+    def entries(self) -> list[dict[str, str]]:
+        """What the ledger says of this evidence: an entry for each dataset."""
+        datasets = self.evidence["dataset"].unique() if len(self.evidence) else [""]
+        return [_entry(self.claim, dataset, self.evidence[self.evidence["dataset"] == dataset]) for dataset in datasets]
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """Every row of the evidence, what decides first, as text."""
+        named = [each.measure for each in CLAIMS[self.claim].conditions]
+        others = self.evidence[~self.evidence["measure"].isin(named)].assign(state="decides nothing", rule="")
+        rows = pd.concat([judged(self.claim, self.evidence), others], ignore_index=True).fillna({"rule": ""})
+        rows["measured"] = [text(row) for row in rows.to_dict("records")]
+        rows["asked"] = [row.rule.removeprefix(row.measure).strip() or figures.DASH for row in rows.itertuples()]
+        columns = ["dataset", "setting", "measure", "measured", "asked", "state"]
+        return rows.reindex(columns=columns[self.evidence["dataset"].nunique() <= 1 :])
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{self.claim}, {each['dataset']}: {each['verdict']} ({each['measure']} {each['value']})"
+                         for each in self.entries)  # fmt: skip
+
+    def _repr_markdown_(self) -> str:
+        verdicts = " ".join(f"{each['dataset'] or 'Evidence'}: **{each['verdict']}**." for each in self.entries)
+        return f"**{self.claim}**: {CLAIMS[self.claim].statement} {verdicts}\n\n{figures.markdown(self.rows)}"
+
+    def _repr_html_(self) -> str:
+        about = {"claim": self.claim, "statement": CLAIMS[self.claim].statement}
+        rows = judged(self.claim, self.evidence)
+        drawn = [(each, strip(self.claim, each, rows[rows["dataset"] == each["dataset"]]) if each["dataset"] else None)
+                 for each in self.entries]  # fmt: skip
+        head = figures.render("ruling.html.j2", **about, entries=drawn)
+        return head + figures.Table(self.rows)._repr_html_()
+
+
+def strip(claim: str, entry: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, Any] | None:
+    """The intervals of the measure that decides, with the threshold, on a scale from 0 to 100: what strip.html.j2 draws.
+
+    entry: a row of `ledger`; rows: from `judged`. None when no interval was measured.
+    """
+    rows = rows[rows["measure"] == entry["measure"]].dropna(subset=NUMBERS)[:DRAWN]
+    if rows.empty:
+        return None
+    (rule,) = (each for each in CLAIMS[claim].on(entry["dataset"]) if each.measure == entry["measure"])
+    threshold = rule.above if rule.below is None else rule.below
+    low, high = min(rows["low"].min(), threshold), max(rows["high"].max(), threshold)
+
+    def place(value: float) -> float:
+        return round(4 + 92 * (value - low) / ((high - low) or 1), 2)
+
+    lines = [{"low": place(row["low"]), "high": place(row["high"]), "value": place(row["value"]),
+              "state": row["state"], "label": f"{row['setting']}: {text(row)}"}
+             for row in rows.to_dict("records")]  # fmt: skip
+    edge = place(threshold)
+    right = (edge, 100 - edge) if rule.below is None else (0, edge)  # where an interval should be: start, width
+    return {"lines": lines, "threshold": edge, "right": right, "label": f"{threshold:g} {rule.unit}".rstrip()}
+
+
 # ---- the ledger
 
 
@@ -228,7 +297,7 @@ def _entry(claim: str, dataset: str, evidence: pd.DataFrame) -> dict[str, str]:
     if len(rows) > 1 and worst["setting"]:
         value += f"; worst of {len(rows)}: {worst['setting']}"
     named = ["measure", "hardware", "table", "notebook"]
-    return {**entry, **worst[named], "value": value, "verdict": worst["state"]}
+    return {**entry, **worst[worst.index.intersection(named)], "value": value, "verdict": worst["state"]}
 
 
 def write_ledger(results: Path, profile: str) -> pd.DataFrame:

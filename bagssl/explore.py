@@ -9,9 +9,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
-from bagssl import patches, probes
+from bagssl import figures, patches, probes
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.errors import InputError
@@ -57,9 +55,7 @@ class GrowingBags:
             "neighbours": (places + len(self.images)).transpose(0, 1).tolist(),
             "kinds": [*self.images.labels.tolist(), *self.bank.labels[used].tolist()], "sheet": sheet,
         }  # fmt: skip
-        loader = jinja2.FileSystemLoader(Path(__file__).parent)
-        environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-        return environment.get_template("explore.html.j2").render(content=content)
+        return figures.render("explore.html.j2", content=content)
 
 
 def growing_bags(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import matplotlib.pyplot as plt
 import mistune
 import numpy as np
@@ -58,6 +59,14 @@ def colour(objective: str, training: str = "patch-based") -> str:
 def title(word: str) -> str:
     """How the word of a table is written in a figure: tcr -> TCR."""
     return TITLES.get(word, word)
+
+
+def render(template: str, **content: Any) -> str:
+    """The HTML that one of the package's templates makes of `content`."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    return environment.get_template(template).render(**content)
 
 
 # ---- tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -12,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,8 +244,8 @@ def pretrain(
     compiled = pick_compiled(compiled, device)
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
-        if (checkpoint := run.path / "checkpoint.pt").exists():  # killed when nothing but this was left to do
-            checkpoint.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # killed when nothing but this was left to do; a store may be read-only
+            (run.path / "checkpoint.pt").unlink()
         return run
     deadline = _deadline(time_limit)
     with runs.locked(run, deadline):
@@ -531,7 +531,7 @@ def _deadline(time_limit: float | None) -> float:
         raise InputError(f"BAGSSL_DEADLINE = {deadline!r} is not a Unix time in seconds") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """While training, SIGINT and SIGTERM only ask for a stop: the list holds those that came."""
     came: list[int] = []

@@ -28,7 +28,6 @@ from bagssl.paths import results_root, write_atomically
 from bagssl.runs import read_json
 
 WIDTH = 1200  # pixels of an embedded figure at most: two per pixel of the column on a screen
-ROWS = 12  # intervals drawn for a verdict at most, the worst
 ARM = {"objective", "training", "k", "probe", "feature"}
 
 
@@ -41,11 +40,8 @@ def write_report(results: Path | None = None) -> Path:
     profiles = [_profile(root, name) for name in PROFILES if claims.experiment_folders(root, name)]
     if not profiles:
         raise InputError(f"there are no results in {root}; `bagssl reproduce` makes them")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    page = environment.get_template("report.html.j2").render(
-        profiles=profiles, verdicts=(claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING),
+    page = figures.render(
+        "report.html.j2", profiles=profiles, verdicts=(claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING),
         paper=figures.paper_values().to_dict("records"))  # fmt: skip
     with write_atomically(root / "index.html") as path:
         path.write_text(page, encoding="utf-8")
@@ -64,7 +60,7 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
             for row in rows.to_dict("records"):
                 shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
             datasets.append({**entry, "experiment": entry["table"].split("/")[0], "rows": shown,
-                             "strip": _strip(claim, entry, rows)})  # fmt: skip
+                             "strip": claims.strip(claim, entry, rows)})  # fmt: skip
         verdicts = set(entries["verdict"])
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)
         cards.append({"claim": claim, "statement": entries["statement"].iloc[0], "datasets": datasets,
@@ -78,26 +74,6 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
         each["badges"] = list(dict.fromkeys((claim, verdict) for claim, _, verdict in each["decides"]))
     found.sort(key=lambda each: (each["notebook"], each["name"]))
     return {"name": name, "claims": cards, "experiments": found, "hardware": sorted({e["hardware"] for e in found})}
-
-
-def _strip(claim: str, entry: dict[str, Any], rows: pd.DataFrame) -> dict[str, Any] | None:
-    """The intervals of the deciding measure on a common scale from 0 to 100, with the threshold."""
-    rows = rows[rows["measure"] == entry["measure"]].dropna(subset=claims.NUMBERS)[:ROWS]
-    if rows.empty:
-        return None
-    (rule,) = (each for each in claims.CLAIMS[claim].on(entry["dataset"]) if each.measure == entry["measure"])
-    threshold = rule.above if rule.below is None else rule.below
-    low, high = min(rows["low"].min(), threshold), max(rows["high"].max(), threshold)
-
-    def place(value: float) -> float:
-        return round(4 + 92 * (value - low) / ((high - low) or 1), 2)
-
-    lines = [{"low": place(row["low"]), "high": place(row["high"]), "value": place(row["value"]),
-              "state": row["state"], "label": f"{row['setting']}: {claims.text(row)}"}
-             for row in rows.to_dict("records")]  # fmt: skip
-    edge = place(threshold)
-    right = (edge, 100 - edge) if rule.below is None else (0, edge)  # where an interval should be: start, width
-    return {"lines": lines, "threshold": edge, "right": right, "label": f"{threshold:g} {rule.unit}".rstrip()}
 
 
 # ---- one experiment

@@ -100,7 +100,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its whole record is there. The weights may have been left elsewhere: what was measured holds."""
-        return all((self.path / name).exists() for name in _RECORD)
+        return not self.lacks
+
+    @property
+    def lacks(self) -> list[str]:
+        """The files of its record that are not there."""
+        return [name for name in _RECORD if not (self.path / name).exists()]
 
     def __repr__(self) -> str:
         return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
@@ -163,7 +168,7 @@ def _state(run: Run, config: Any, metrics: Any, made: Any) -> str:
         return "its folder is gone"
     if metrics:
         cost = _known(lambda: f": {metrics['crops']:,} crops")
-        return f"has lost {' and '.join(name for name in _RECORD if not (run.path / name).exists())}{cost}"
+        return f"has lost {' and '.join(run.lacks)}{cost}"
     if not (run.path / "checkpoint.pt").exists():
         return "not started, or not yet at its first checkpoint"
     step = _known(lambda: int(_checkpoint(run)["step"]), None)
@@ -216,7 +221,7 @@ def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | 
 
 def reopen(run: Run) -> None:
     """Take the mark from a finished run that has lost a file, so that it is trained again, and say so."""
-    lost, mark = [name for name in _RECORD if not (run.path / name).exists()], run.path / "metrics.json"
+    lost, mark = run.lacks, run.path / "metrics.json"
     if lost and mark.exists():
         print(f"{run.path} has lost {' and '.join(lost)}: it is trained again", file=sys.stderr, flush=True)
         mark.unlink()

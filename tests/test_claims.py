@@ -149,6 +149,40 @@ def test_a_value_is_shown_with_its_interval_and_a_difference_with_its_sign(chang
     assert claims.text({**GOOD, **changed}) == shown
 
 
+# ---- what an experiment shows of its evidence
+
+
+def test_a_ruling_shows_what_the_ledger_will_say(tmp_path):
+    crop, bag = CLAIMS["C2"].conditions
+    frame = pd.DataFrame([*({**row(crop, shift, 1.0), "setting": f"arm {shift}"} for shift in (9.0, 0.5, 4.0)), row(bag, 9.0, 1.0),
+                          {**row(bag, 1.0, 0.5, "food"), "measure": crop.measure}, {**row(bag, 1.0), "measure": "something else"}])
+    experiment(tmp_path, "one", {"C2": frame})
+    ruling = claims.write_evidence(tmp_path / "two", "C2", frame)
+    said = [entry(claims.ledger(tmp_path, "smoke"), "C2", dataset) for dataset in ("cifar10", "food")]
+    assert [each["verdict"] for each in said] == [UNDECIDED, UNDECIDED]  # of food the bag is missing
+    html = ruling._repr_html_()
+    for each in said:
+        for shown in (repr(ruling), ruling._repr_markdown_(), html):
+            assert each["verdict"] in shown and each["dataset"] in shown
+        assert f"C2, {each['dataset']}: {each['verdict']} ({each['measure']} {each['value']})" in repr(ruling)
+        assert f"{each['measure']}: {each['value']}" in html
+    assert html.count("<circle") == 3, "the intervals of the measure that decides"
+    assert ruling.rows["state"].tolist().count("decides nothing") == 1 and len(ruling.rows) == len(frame) + 1
+    assert ruling.rows.query("measure == @crop.measure")["asked"].eq("above -2 points").all()
+
+
+def test_a_ruling_without_evidence_says_that_nothing_was_measured(tmp_path):
+    ruling = claims.write_evidence(tmp_path, "C4", evidence("C4", "cifar10").iloc[:0])
+    for shown in (repr(ruling), ruling._repr_markdown_(), ruling._repr_html_()):
+        assert MISSING in shown and "nan" not in shown
+
+
+def test_nothing_in_evidence_is_markup(tmp_path):
+    frame = evidence("C4", "cifar10").assign(setting="<script>alert(1)</script>", dataset="<b>")
+    html = claims.write_evidence(tmp_path, "C4", frame)._repr_html_()
+    assert "<script>alert" not in html and "<b>:" not in html and "&lt;script&gt;alert" in html
+
+
 # ---- the ledger
 
 
