@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bagssl import bags, data, figures, objectives, patches, pretraining, probes, runs
 from bagssl.encoders import build_encoder, build_projector
 from bagssl.errors import InputError, Stopped
+from bagssl.experiments import package_hash
 from bagssl.paths import results_root, write_atomically
 from bagssl.pretraining import PretrainConfig
 
@@ -614,12 +615,13 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
     path = Path(output) if output else results_root() / "bench" / f"{_slug(made['hardware'])}.json"
     record = {"rows": {}} if not path.exists() else runs.read_json(path)
     todo = list(names or ROWS)
-    if time_limit is not None and made["commit"] and not made["dirty"] and (output or not quick):
-        todo = [name for name in todo if {made["commit"]} != {row["commit"] for row in record["rows"].get(name, [])}]
+    sources = package_hash(beside=frozenset())
+    if time_limit is not None and (output or not quick):
+        todo = [name for name in todo if {sources} != {row.get("sources") for row in record["rows"].get(name, [])}]
     for i, name in enumerate(todo):
         if time.monotonic() > deadline:
             raise Stopped(f"bench: the time is up, {', '.join(todo[i:])} left; the next call with a time limit goes on from there")
-        made_by, found = {key: made[key] for key in ("commit", "dirty", "time", "versions")}, []
+        made_by, found = {**{key: made[key] for key in ("commit", "dirty", "time", "versions")}, "sources": sources}, []
         for row in ROWS[name](machine):
             found.append({**row, "dataset": machine.dataset, **made_by})
             print(line(row), flush=True)

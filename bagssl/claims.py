@@ -54,6 +54,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Claim:
+    """A claim of the paper, and the conditions that must all be met for it to hold."""
+
     statement: str
     conditions: tuple[Condition, ...]
     expected: tuple[str, ...] = ()  # datasets that the paper's claim is about: in the ledger even if not measured

@@ -1,9 +1,10 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a time limit, 130 by Ctrl-C."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a time limit, 130 by Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from bagssl.errors import Diverged, InputError, Stopped
 
 # What a disk refuses; any other OSError is a bug.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-         errno.EEXIST}  # fmt: skip
+         errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}  # fmt: skip
 
 # Every command imports what it needs when it runs: `bagssl --help` waits for no torch.
 
@@ -36,6 +37,7 @@ def duration(text: str) -> float:
 
 
 def positive(text: str) -> int:
+    """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -165,7 +167,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     text = "Regenerates the tables and figures of arXiv 2206.08954."
-    codes = "Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by the time limit, 130 by Ctrl-C."
+    codes = "Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by the time limit, 130 by Ctrl-C or SIGTERM."
     parser = _Parser(prog="bagssl", description=text, epilog=codes, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"bagssl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
@@ -221,6 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. What is no error of the user's, and not foreseen, is raised: a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is no UTF-8 is printed as it is
     try:
         arguments = build_parser().parse_args(argv)
         code = arguments.run(arguments)

@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +42,22 @@ from bagssl.paths import home, results_root, write_atomically
 PROFILES = ("smoke", "laptop", "paper")
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
 OVERTIME = 60.0  # seconds past the time limit before a notebook that takes no notice of it is interrupted
-_BESIDE = {"bench.py", "cli.py", "experiments.py", "report.py"}  # sources that cannot change what a notebook finds
+# Sources that cannot change what a notebook finds.
+_BESIDE = frozenset({"bench.py", "cli.py", "experiments.py", "report.py", "report.html.j2", "notebook.html.j2"})
 
 
 @dataclass(frozen=True)
 class Profile:
+    """How large an experiment is executed: for a laptop, for a paper."""
+
     cost: str  # time and hardware
     parameters: dict[str, Any]  # what differs from the notebook's defaults
 
 
 @dataclass(frozen=True)
 class Experiment:
+    """An entry of experiments.yaml: a notebook, and its parameters in each profile."""
+
     name: str
     artefact: str  # the table, figure or claim of the paper
     notebook: Path
@@ -102,7 +107,7 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run bagssl from a checkout of the project") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
 
     def section(value: Any, where: str, required: set[str]) -> dict:
@@ -120,7 +125,7 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
         section(entry, name, {"artefact", "notebook", "profiles"})
         if not isinstance(entry["profiles"], dict) or not entry["profiles"]:
             raise InputError(f"{path}: {name}: profiles must map a profile to its cost and parameters")
-        if not (folder / str(entry["notebook"])).is_file():
+        if not os.path.isfile(folder / str(entry["notebook"])):  # False for whatever is no name of a file, too
             raise InputError(f"{path}: {name}: there is no notebook {entry['notebook']} in {folder}")
         profiles = {}
         for profile, value in entry["profiles"].items():
@@ -187,7 +192,7 @@ def conform(name: str, value: Any, annotation: str) -> Any:
             sequence = annotation.startswith(("list", "tuple")) and not value.lstrip().startswith("[")
             read = _numbers(yaml.safe_load(f"[{value}]" if sequence else value))
         return _fit(read, annotation)
-    except (TypeError, ValueError, OverflowError, yaml.YAMLError):
+    except (TypeError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
         raise InputError(f"parameter {name} must be {annotation}, not {value!r}") from None
 
 
@@ -267,11 +272,11 @@ def _cells(notebook: Path) -> list[dict]:
 
 
 @functools.cache
-def package_hash() -> str:
-    """SHA-256 over the package's sources, but for those that only start notebooks."""
+def package_hash(folder: Path = Path(__file__).parent, beside: frozenset[str] = _BESIDE) -> str:
+    """SHA-256 over the package's sources, by default but for those that decide nothing in a notebook."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*")):
-        if path.suffix in {".py", ".csv"} and path.name not in _BESIDE:
+    for path in sorted(folder.glob("*")):
+        if path.suffix in {".py", ".csv", ".j2"} and path.name not in beside:
             digest.update(f"{path.name}\0{_file_hash(path)}\n".encode())
     return digest.hexdigest()
 
@@ -597,11 +602,20 @@ def reproduce(
                 raise
     _say_where(sorted(stage.folder for stage, code in ended.items() if code == 0))
     _say_failures([stage for stage in stages if ended.get(stage) in (1, 2)], len(stages))
+    code = _worst(ended.values())
     if 0 in ended.values():
         from bagssl.report import write_report
 
-        print(f"All of it on one page: {os.path.relpath(write_report(results))}")
-    return next((code for code in (130, 1, 2, 3) if code in ended.values()), 0)
+        try:
+            print(f"All of it on one page: {os.path.relpath(write_report(results))}")
+        except (InputError, OSError) as error:
+            print(f"bagssl: no page of all results: {error}", file=sys.stderr)
+            return code or 1
+    return code
+
+
+def _worst(codes: Collection[int]) -> int:
+    return next((code for code in (130, 1, 2, 3) if code in codes), 0)
 
 
 def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
@@ -609,31 +623,37 @@ def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapp
     """Execute the cells of experiments in this process, where there is no Jupyter: a box that only trains; the exit code.
 
     What is kept are the models and their evaluations, in the store: with its folders, `reproduce` is quick elsewhere.
-    Tables and figures go to results/by-hand/. Stops as `reproduce` does; what was trained before is not trained again.
+    Tables and figures go to results/by-hand/. Exit codes and errors as of `reproduce`, but that Ctrl-C raises; what was
+    trained before is not trained again.
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
     chosen = choose(load_experiments(notebooks), names, profile)
     stages = [plan(experiment, profile, overrides) for experiment in chosen]
-    worst = 0
+    codes = []
     for i, stage in enumerate(stages, 1):
         title, begun = f"[{i}/{len(stages)}] {stage.experiment.name}", time.monotonic()
         if deadline is not None:
-            if time.monotonic() >= deadline:
-                raise Stopped("the time is up; run again to go on")
+            if begun >= deadline:
+                print(f"{title}: not started, the time is up; run again to go on", file=sys.stderr)
+                codes.append(3)
+                continue
             os.environ["BAGSSL_DEADLINE"] = _unix(deadline)
         print(f"{title}: starts", flush=True)
         try:
             _run_cells(stage.experiment.notebook, stage.parameters)
-        except (InputError, Stopped):
-            raise
-        except Exception as error:  # noqa: BLE001 - the notebook's own; the other experiments may do better
+        except Stopped as stop:
+            if stop.interrupted:
+                raise
+            print(f"{title}: stopped at the time limit: {stop}", file=sys.stderr)
+            codes.append(3)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the notebook's own; the other experiments may do better
             at = next((f"{frame.filename}: " for frame in reversed(traceback.extract_tb(error.__traceback__))
                        if frame.filename.startswith(stage.experiment.notebook.name)), "")
             print(f"{title}: failed: {at}{error_line({'ename': type(error).__name__, 'evalue': error})}", file=sys.stderr)
-            worst = 1
+            codes.append(2 if isinstance(error, InputError) else 1)
         else:
             print(f"{title}: done in {time.monotonic() - begun:.0f} s", flush=True)
-    return worst
+    return _worst(codes)
 
 
 def _run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:

@@ -110,16 +110,9 @@ def growth_figure(bags: GrowingBags, image: int = 0, ks: Sequence[int] | None = 
     figure = plt.figure(figsize=(7, 1.25 * len(ks)))
     grid = figure.add_gridspec(len(ks), 2 + near, width_ratios=[1.35, 1.6] + [0.8] * near)
 
-    def show(place, pixels: Tensor):
-        axis = figure.add_subplot(place, xticks=[], yticks=[])
-        axis.imshow(pixels.permute(1, 2, 0).cpu().numpy())
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
-        return axis
-
     for row, k in enumerate(ks):
         at = bags.ks.index(k)
-        axis = show(grid[row, 0], bags.images.pixels[image])
+        axis = figures.picture(figure.add_subplot(grid[row, 0]), bags.images.pixels[image])
         axis.set_ylabel(f"K = {k}\n{bags.accuracy[at]:.1f} % right\nof all", rotation=0, ha="right", va="center")
         for top, left, high, wide in bags.boxes[:k, image].tolist():
             for width, edge in ((2, "black"), (0.9, "white")):
@@ -131,7 +124,7 @@ def growth_figure(bags: GrowingBags, image: int = 0, ks: Sequence[int] | None = 
         axis.set_ylabel("votes (%)")
         axis.grid(False, axis="x")
         for column, place in enumerate(bags.neighbours[at, image].tolist()):
-            axis = show(grid[row, 2 + column], bags.bank.pixels[place])
+            axis = figures.picture(figure.add_subplot(grid[row, 2 + column]), bags.bank.pixels[place])
             same = bags.bank.labels[place] == label
             axis.spines[:].set(visible=bool(same), color="#0072B2", linewidth=2.5)
             axis.set_xlabel(classes[bags.bank.labels[place]], fontsize=7, fontweight="bold" if same else "normal")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib.pyplot as plt
-import mistune
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -130,7 +130,7 @@ def _texts(table: pd.DataFrame) -> list[list[str]]:
 
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table, columns aligned; a notebook shows it by `Table`."""
-    rows = [[text.replace("|", "\\|") for text in row] for row in _texts(table)]
+    rows = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in _texts(table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     cells = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
@@ -150,7 +150,9 @@ class Table:
 
     def _repr_html_(self) -> str:
         script = Path(__file__).with_name("sortable.js.j2").read_text(encoding="utf-8")
-        html = mistune.create_markdown(escape=True, plugins=["table"])(markdown(self.frame))
+        head, *rows = ([re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", escape(text)) for text in row] for row in _texts(self.frame))
+        html = f"<table><thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead>\n<tbody>"
+        html += "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in rows) + "</tbody></table>"
         return f"""<style>
 .sortable th {{ cursor: pointer }}
 .sortable th[aria-sort]::after {{ content: " ↑" }} .sortable th[aria-sort=descending]::after {{ content: " ↓" }}
@@ -369,19 +371,12 @@ def patch_figure(images: Tensor, boxes: Tensor) -> Figure:
     grid = figure.add_gridspec(2 * len(images), 1 + columns, width_ratios=[2.15] + [1] * columns)
     tints = sns.color_palette("colorblind", boxes.shape[1])
 
-    def panel(place, pixels: np.ndarray) -> Axes:
-        axis = figure.add_subplot(place, xticks=[], yticks=[])
-        axis.imshow(pixels)
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
-        return axis
-
-    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        whole = panel(grid[2 * i : 2 * i + 2, 0], image)
+    for i, image in enumerate(images):
+        whole = picture(figure.add_subplot(grid[2 * i : 2 * i + 2, 0]), image)
         for j, ((top, left, high, wide), tint) in enumerate(zip(boxes[i].tolist(), tints, strict=True)):
             corner, place = (left - 0.5, top - 0.5), grid[2 * i + j // columns, 1 + j % columns]
             whole.add_patch(Rectangle(corner, wide, high, fill=False, color=tint, linewidth=1.8))
-            patch = panel(place, image[top : top + high, left : left + wide])
+            patch = picture(figure.add_subplot(place), image[:, top : top + high, left : left + wide])
             patch.spines[:].set(visible=True, color=tint, linewidth=2.5)
     return figure
 
@@ -389,8 +384,8 @@ def patch_figure(images: Tensor, boxes: Tensor) -> Figure:
 # ---- patches in their images
 
 
-def _picture(axis: Axes, pixels: Tensor, box: Sequence[int] | None = None, tint: str = "#FFD400") -> None:
-    """An image [3, H, W] without axes, and on it a box outlined in dark and bright, seen on any picture."""
+def picture(axis: Axes, pixels: Tensor, box: Sequence[int] | None = None, tint: str = "#FFD400") -> Axes:
+    """An image [3, H, W] without axes, and on it a box outlined in dark and bright, seen on any picture; the axis."""
     axis.imshow(pixels.permute(1, 2, 0).cpu().numpy())
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
@@ -400,6 +395,7 @@ def _picture(axis: Axes, pixels: Tensor, box: Sequence[int] | None = None, tint:
         for width, edge in ((2.6, "black"), (1.3, tint)):
             corner, looks = (left - 0.5, top - 0.5), {"color": edge, "linewidth": width}
             axis.add_patch(Rectangle(corner, wide, high, fill=False, **looks))
+    return axis
 
 
 def gallery(pixels: Tensor, boxes: Tensor | None, names: Sequence[Sequence[str]], heading: str) -> Figure:
@@ -416,7 +412,7 @@ def gallery(pixels: Tensor, boxes: Tensor | None, names: Sequence[Sequence[str]]
         axes[row, 1].set_axis_off()
         for column, axis in enumerate(axes[row, [0, *range(2, columns + 1)]]):
             box = None if boxes is None else boxes[row, column]
-            _picture(axis, pixels[row, column], box, "#FFD400" if column else "#56B4E9")
+            picture(axis, pixels[row, column], box, "#FFD400" if column else "#56B4E9")
             weight = "bold" if column and names[row][column] == names[row][0] else "normal"
             axis.set_title(names[row][column], fontsize=7, loc="center", pad=2, fontweight=weight)
     figure.suptitle(heading, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
@@ -434,11 +430,11 @@ def similarity_maps(pixels: Tensor, maps: Mapping[str, np.ndarray], box: Sequenc
     size = (7, 0.2 + 6.3 * (1 + len(maps)) / count)
     figure, axes = plt.subplots(1 + len(maps), count, figsize=size, squeeze=False)
     for column, image in enumerate(pixels):
-        _picture(axes[0, column], image, None if column else box, "#56B4E9")
+        picture(axes[0, column], image, None if column else box, "#56B4E9")
     for row, (name, each) in enumerate(maps.items(), start=1):
         for column, axis in enumerate(axes[row]):
             grey = pixels[column].float().mean(dim=0, keepdim=True).byte().expand(3, -1, -1)
-            _picture(axis, grey, None if column else box, "#56B4E9")
+            picture(axis, grey, None if column else box, "#56B4E9")
             down, across = each[column].shape
             left, top = (np.array((box[3], box[2])) - step - 1) / 2
             extent = (left, left + across * step, top + down * step, top)

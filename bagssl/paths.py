@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bagssl.errors import InputError
+
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _STALE = 86_400.0  # seconds: nobody writes at one file for a day, and few clocks are wrong by one
 
@@ -45,8 +47,13 @@ def sweep(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_atomically(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`."""
+    """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
+
+    Raises InputError when `path` is a folder, OSError, with the file's name, for whatever the disk refuses.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a file belongs there: remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

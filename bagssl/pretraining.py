@@ -104,7 +104,7 @@ class PretrainConfig:
         for name, value in self.options.items():
             if name not in allowed:
                 raise InputError(f"{self.objective} has no option {name!r}: it has {', '.join(allowed) or 'none'}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
                 raise InputError(f"option {name} = {value!r} of {self.objective} must be a positive number")
         if self.training != "untrained" and not self.epochs:
             raise InputError("epochs = 0 trains nothing: for random weights set training to untrained")
@@ -202,14 +202,15 @@ _RANGES = [
 
 def _typed(name: str, value: Any, kind: str) -> Any:
     """`value` as `kind`; whole numbers pass as floats, nothing else is converted."""
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind in ("str", "bool") and isinstance(value, {"str": str, "bool": bool}[kind]):
         return value
     if kind.startswith("Mapping") and isinstance(value, Mapping):
-        return {key: float(number) if isinstance(number, int) else number for key, number in value.items()}
+        whole = [key for key, number in value.items() if type(number) is int and abs(number) < 2**53]
+        return {**value, **{key: float(value[key]) for key in whole}}
     wanted = {"float": "a finite number", "int": "a whole number", "str": "a word", "bool": "true or false"}.get(kind, "a mapping of names to numbers")
     raise InputError(f"{name} = {value!r} must be {wanted}")
 
@@ -360,18 +361,26 @@ def _train(
     objective = OBJECTIVES[config.objective]
     colour, project = _compiled(compiled)
 
-    step, history, seconds, sums = 0, [], 0.0, {}
+    step, history, seconds, sums, parts = 0, [], 0.0, {}, []
+    here = {"hardware": runs.hardware(), "device": str(device), "precision": str(dtype).removeprefix("torch.")}
     state = runs.load_checkpoint(run, device, ("model", "optimiser", "step", "history", "seconds", "sums"))
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        if teacher is not None:
-            teacher.load_state_dict(state["teacher"])
+        try:
+            model.load_state_dict(state["model"])
+            optimiser.load_state_dict(state["optimiser"])
+            if teacher is not None:
+                teacher.load_state_dict(state["teacher"])
+        except (RuntimeError, ValueError, KeyError):
+            raise InputError(f"{run.path / 'checkpoint.pt'} is of another network: delete it to train from the start") from None
         step, history, seconds, sums = state["step"], state["history"], state["seconds"], state["sums"]
+        parts = state.get("parts", [])
+        if parts and parts[-1] | {"until": 0} == here | {"until": 0}:
+            parts = parts[:-1]
 
     def checkpoint() -> None:
+        spent = seconds + time.monotonic() - clock
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "sums": sums}
-        state |= {"step": step, "history": history, "seconds": seconds}
+        state |= {"step": step, "history": history, "seconds": spent, "parts": [*parts, {**here, "until": step}]}
         runs.save_checkpoint(run, state | ({"teacher": teacher.state_dict()} if teacher is not None else {}))
 
     model.train()
@@ -419,28 +428,27 @@ def _train(
                 sums, logged = {}, step
                 bar(step * crops_per_step, f"loss {means['loss']:.3f}")
             if stop or time.monotonic() > deadline:
-                now = time.monotonic()
-                seconds, clock = seconds + now - clock, now
                 checkpoint()
-                raise Stopped(
-                    f"{config.label} stopped at step {step} of {steps}; the next call goes on from there",
-                    interrupted=signal.SIGINT in stop,
-                )
+                message = f"{config.label} stopped at step {step} of {steps}; the next call goes on from there"
+                raise Stopped(message, interrupted=bool(stop))
             if time.monotonic() - saved > checkpoint_every:
                 checkpoint()
                 saved = time.monotonic()
 
-    metrics = {
-        "steps": steps,
-        "epochs": steps / max(steps_per_epoch, 1),
-        "crops": steps * crops_per_step,
-        "images": len(images),
-        "final": {name: history[-1][name] for name in terms_of(history)},
-        "seconds": round(seconds, 3),
-    }
-    settings = {"seed": config.seed, "data": images.fingerprint, "device": str(device), "precision": str(dtype).removeprefix("torch.")}
-    settings |= {"compiled": compiled} if compiled != "none" else {}
-    runs.finish(run, model.state_dict(), history, metrics, {**runs.provenance(), **settings, "wall_seconds": round(seconds, 3)})
+        metrics = {
+            "steps": steps,
+            "epochs": steps / max(steps_per_epoch, 1),
+            "crops": steps * crops_per_step,
+            "images": len(images),
+            "final": {name: history[-1][name] for name in terms_of(history)},
+            "seconds": round(seconds, 3),
+        }
+        made = {**runs.provenance(), **here, "seed": config.seed, "data": images.fingerprint, "wall_seconds": metrics["seconds"]}
+        made |= {"compiled": compiled} if compiled != "none" else {}
+        made |= {"parts": [*parts, {**here, "until": steps}]} if parts else {}  # it went from one machine to another
+        runs.finish(run, model.state_dict(), history, metrics, made)
+        if stop:  # asked for when there was no step left to stop at
+            raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
 
 
 def terms_of(history: list[dict[str, float]]) -> list[str]:
@@ -526,6 +534,8 @@ def _deadline(time_limit: float | None) -> float:
     deadline = os.environ.get("BAGSSL_DEADLINE") or "inf"
     try:
         left = float(deadline) - time.time()
+        if math.isnan(left):
+            raise ValueError
         return time.monotonic() + min(left, math.inf if time_limit is None else time_limit)
     except ValueError:
         raise InputError(f"BAGSSL_DEADLINE = {deadline!r} is not a Unix time in seconds") from None

@@ -81,9 +81,9 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
 
 def _experiment(folder: Path) -> dict[str, Any]:
     made, notebook = read_json(folder / "provenance.json"), folder / f"{folder.name}.ipynb"
-    story, shown = _story(notebook), notebook.with_suffix(".html")
-    if story["title"] and not shown.exists():  # pages of committed results are not committed
-        with write_atomically(shown) as path:
+    story, page = _story(notebook), notebook.with_suffix(".html")
+    if story["title"] and not page.exists():  # pages of committed results are not committed
+        with write_atomically(page) as path:
             path.write_text(notebook_page(notebook), encoding="utf-8")
     dataset = next(iter(made.get("data") or {}), "")
     artefact = folder.name.removesuffix(f"-{dataset}")

@@ -5,11 +5,12 @@
         checkpoint.pt        while training: everything needed to go on, to the bit
         history.csv          one row per log interval: step, crops, learning rate, throughput, named loss terms
         weights.safetensors  encoder and projector
-        metrics.json         crops seen, last loss terms, SHA-256 of the weights: written last, so it marks the end
+        metrics.json         crops seen, last loss terms, hashes: written last, so it marks the end
         provenance.json      commit, versions, hardware, precision, wall time
         evaluations/         accuracies measured on the run, one file per protocol
 
-A finished folder can be copied to another machine and used there.
+Every JSON file holds the SHA-256 of its own content, metrics.json those of the weights and the history as well: what
+was damaged is not believed. A finished folder can be copied to another machine and used there.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Run:
 
     @property
     def key(self) -> str:
+        """What `run_key` made of its configuration and data."""
         return self.path.name.rsplit("-", 1)[-1]
 
     @property
@@ -75,10 +77,12 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
+        """steps, epochs, crops, images, seconds, the last loss terms as `final`, hashes. Raises InputError when damaged."""
         return read_json(self.path / "metrics.json")
 
     @property
     def provenance(self) -> dict[str, Any]:
+        """What made it: see `provenance`; seed, data, device, precision. Raises InputError when damaged."""
         return read_json(self.path / "provenance.json")
 
     @property
@@ -86,7 +90,8 @@ class Run:
         """One row per log interval, numbers as floats. Raises InputError when rows or ends of rows are missing."""
         path = self.path / "history.csv"
         try:
-            text = path.read_text()
+            content = path.read_bytes()
+            text = content.decode()
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
             last = rows[-1]["step"] if rows else 0
         except OSError as error:
@@ -95,6 +100,8 @@ class Run:
             raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from error
         if not text.endswith("\n") or last != self.metrics.get("steps"):
             raise InputError(f"{path} is damaged: it ends before the last step; {_AGAIN}")
+        if self.metrics.get("history_sha256") not in (None, _digest(content)):  # None: written before there was one
+            raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
         return rows
 
     @property
@@ -127,7 +134,7 @@ class Run:
             raise InputError(f"{self.path} has no weights: copy {path.name} from where it was trained; or {_AGAIN}") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
-        if hashlib.sha256(content).hexdigest() != self.metrics.get("weights_sha256"):
+        if _digest(content) != self.metrics.get("weights_sha256"):
             raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
         try:
             return load(content)
@@ -192,7 +199,7 @@ def _history(run: Run) -> list[dict[str, float]]:
 
 def _loss_curve(history: list[dict[str, float]], width: int = 160, height: int = 48) -> str:
     """The loss over the steps as an SVG in the colour of the text around it, without axes: lowest and highest fill it."""
-    points = _known(lambda: [(row["step"], row["loss"]) for row in history if math.isfinite(row["loss"])], [])
+    points = _known(lambda: [(float(row["step"]), float(row["loss"])) for row in history if math.isfinite(row["loss"])], [])
     if len(points) < 2:
         return ""
     (first, last), losses = (points[0][0], points[-1][0]), [loss for _, loss in points]
@@ -256,6 +263,7 @@ def locked(run: Run, deadline: float = math.inf) -> Iterator[None]:
 
 
 def save_checkpoint(run: Run, state: dict[str, Any]) -> None:
+    """Write what `load_checkpoint` reads: tensors, numbers, and lists and mappings of them."""
     content = io.BytesIO()  # torch itself meets a full disk with an error that does not say so
     torch.save(state, content)
     with write_atomically(run.path / "checkpoint.pt") as path:
@@ -287,17 +295,21 @@ def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metr
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     with write_atomically(run.path / "weights.safetensors") as path:
         path.write_bytes(content)
-    with write_atomically(run.path / "history.csv") as path, open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(history[0]) if history else ["step"])
-        writer.writeheader()
-        writer.writerows(history)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(history[0]) if history else ["step"])
+    writer.writeheader()
+    writer.writerows(history)
+    with write_atomically(run.path / "history.csv") as path:
+        path.write_bytes(table.getvalue().encode())
     write_json(run.path / "provenance.json", provenance)
-    write_json(run.path / "metrics.json", {**metrics, "weights_sha256": hashlib.sha256(content).hexdigest()})
-    (run.path / "checkpoint.pt").unlink(missing_ok=True)
+    hashes = {"weights_sha256": _digest(content), "history_sha256": _digest(table.getvalue().encode())}
+    write_json(run.path / "metrics.json", {**metrics, **hashes})
+    with contextlib.suppress(OSError):  # it does no harm
+        (run.path / "checkpoint.pt").unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError, in one line, when the file is missing or is not JSON."""
+    """What `write_json` wrote. Raises InputError, in one line, when the file is missing, is not JSON, or was damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -306,12 +318,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is damaged: it holds no names and values")
+    if content.pop("sha256", None) not in (None, _digest_of(content)):  # None: not written by `write_json`
+        raise InputError(f"{path} is damaged: its SHA-256 differs; delete it to have it made again")
     return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write names and values with the SHA-256 of them all, by which `read_json` knows damage."""
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        whole = {**content, "sha256": _digest_of(content)}
+        temporary.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return _digest(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())  # as it will be read
 
 
 def provenance() -> dict[str, Any]:

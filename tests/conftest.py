@@ -25,12 +25,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(request, tmp_path, monkeypatch):
-    """Point BAGSSL_DATA, _RESULTS and _RUNS into a temporary folder, unless the test is marked `checkout`."""
-    if "checkout" not in request.keywords:
-        monkeypatch.setenv("BAGSSL_DATA", str(tmp_path / "data"))
-        monkeypatch.setenv("BAGSSL_RESULTS", str(tmp_path / "results"))
-        monkeypatch.setenv("BAGSSL_RUNS", str(tmp_path / "results" / "runs"))
+def elsewhere(tmp_path, monkeypatch):
+    """Point BAGSSL_DATA, _RESULTS and _RUNS into a temporary folder."""
+    monkeypatch.setenv("BAGSSL_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("BAGSSL_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("BAGSSL_RUNS", str(tmp_path / "results" / "runs"))
 
 
 @pytest.fixture(scope="module")

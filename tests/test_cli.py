@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -204,6 +205,32 @@ def test_a_folder_that_cannot_be_made_is_one_line(words, writable, capsys, monke
         refused = OSError(errno.EROFS, "Read-only file system", str(writable))
         monkeypatch.setattr("bagssl.paths.tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(refused))
     assert "Not a directory" in (line := said(words, capsys)) or "Read-only" in line
+
+
+@pytest.mark.parametrize("words", WRITES)
+def test_folders_that_may_only_be_read_are_one_line(words, writable, capsys):
+    from test_paths import fork
+    from test_runs import only_to_be_read
+
+    def refused():
+        assert "Permission denied" in said(words, capsys)
+
+    (writable / "results/smoke").mkdir()
+    before = {path: path.read_bytes() for path in writable.rglob("*") if path.is_file()}
+    with only_to_be_read(writable):
+        assert fork(refused) == 0
+    assert {path: path.read_bytes() for path in writable.rglob("*") if path.is_file()} == before
+
+
+def test_a_path_that_is_no_utf8_is_printed_as_it_is(tmp_path):
+    name = b"\xff-" + b"x" * 300
+    for length, code in ((8, 0), (300, 1)):  # the second is longer than a name may be
+        root = os.path.join(os.fsencode(tmp_path), name[:length])
+        words = "pretrain --training untrained --set width=8 --set size=8 --set projector_hidden=8 --set projector_dim=8"
+        done = subprocess.run([sys.executable, "-m", "bagssl.cli", *words.split()], capture_output=True, check=False,
+                              cwd=Path(bagssl.__file__).parent.parent, env={**os.environb, b"BAGSSL_RUNS": root})
+        assert done.returncode == code and b"Traceback" not in done.stderr
+        assert (name[:length] in done.stdout) == (code == 0) and (b"too long" in done.stderr) == (code == 1)
 
 
 def test_help_and_version_need_no_torch():

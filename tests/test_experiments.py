@@ -156,6 +156,7 @@ def test_what_makes_results_stale(results, notebooks, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(experiments, "package_hash", lambda: "other sources")
         assert state() != "fresh"
+    assert state() == "fresh"
     table = results / "smoke/good/tables/sum.md"
     text = table.read_text()
     table.write_text("changed by hand")
@@ -164,6 +165,31 @@ def test_what_makes_results_stale(results, notebooks, tmp_path, monkeypatch):
     assert state() != "fresh"
     table.write_text(text)
     assert state() == "fresh"
+
+
+def test_every_source_that_a_result_depends_on_is_in_the_key(tmp_path):
+    package = Path(experiments.__file__).parent
+    shutil.copytree(package, tmp_path / "a")
+    before, names = experiments.package_hash(tmp_path / "a"), {path.name for path in package.iterdir() if path.is_file()}
+    assert before == experiments.package_hash()
+    beside = set()
+    for name in names:
+        copy = tmp_path / name / "package"
+        shutil.copytree(package, copy)
+        (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
+        beside |= {name} if experiments.package_hash(copy) == before else set()
+    assert beside == {"bench.py", "cli.py", "experiments.py", "report.py", "report.html.j2", "notebook.html.j2"}
+
+
+def test_results_that_make_no_page_are_named_and_leave_the_code_of_the_experiments(notebooks, results, monkeypatch, capsys):
+    def none(results):
+        raise InputError("claim_c2.csv is no table")
+
+    monkeypatch.setattr("bagssl.report.write_report", none)
+    how = {"notebooks": notebooks, "results": results}
+    for names, code in ((["good"], 1), (["good", "stopped"], 3), (["good", "refused"], 2)):
+        assert experiments.reproduce(names, time_limit=600, **how) == code
+        assert capsys.readouterr().err.endswith("bagssl: no page of all results: claim_c2.csv is no table\n")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"state": "done", "key": "', "\0" * 100])
@@ -323,6 +349,8 @@ Markdown(filename="nowhere"); display(HTML(""))
 if not on: raise bagssl.errors.InputError("on must be on")
 if count == 13: 1 / 0
 if count == 14: raise bagssl.errors.Stopped("at crop 100")
+if count == 15: raise SystemExit(0)
+if count == 16: raise bagssl.errors.Stopped("at crop 100", interrupted=True)
 import os
 pathlib.Path(name).write_text(f"{count} {os.environ.get('BAGSSL_DEADLINE')}")"""
 
@@ -343,11 +371,17 @@ def test_bare_needs_no_jupyter_and_has_the_same_ends(tmp_path, monkeypatch, caps
     assert bare() == 0 and (tmp_path / "made").read_text() == "7 None" and sys.modules["IPython"] is None
     assert bare(count=13) == 1
     assert capsys.readouterr().err == "[1/1] bare: failed: bare.ipynb, cell [2]: ZeroDivisionError: division by zero\n"
-    for error, overrides in ((InputError, {"on": False}), (Stopped, {"count": 14})):
-        with pytest.raises(error):
-            bare(**overrides)
-    with pytest.raises(Stopped, match="time is up"):
-        bare(time_limit=-1)
+    for overrides, code, said in (({"on": False}, 2, "InputError: on must be on"), ({"count": 14}, 3, "at crop 100"),
+                                  ({"count": 15}, 1, "SystemExit: 0"), ({"time_limit": -1}, 3, "the time is up")):  # fmt: skip
+        assert bare(**overrides) == code and said in capsys.readouterr().err
+    with pytest.raises(Stopped):
+        bare(count=16)  # Ctrl-C
+    (tmp_path / "made").unlink()
+    entries = {name: {**entry, "profiles": {"smoke": {"cost": "1 s", "parameters": {"count": count}}}}
+               for name, count in {"a": 13, "b": 14, "c": 15, "bare": 7}.items()}
+    (tmp_path / "notebooks" / "experiments.yaml").write_text(yaml.safe_dump(entries))
+    assert experiments.reproduce_bare([], "smoke", {"name": str(tmp_path / "made"), "on": True}, notebooks=tmp_path / "notebooks") == 1
+    assert (tmp_path / "made").read_text() == "7 None", "what fails or leaves takes no other with it"
     monkeypatch.setenv("BAGSSL_DEADLINE", "")  # to be put back as it was
     assert bare(time_limit=100) == 0 and float((tmp_path / "made").read_text().split()[1]) > time.time()
 

@@ -101,6 +101,13 @@ def test_a_table_shows_every_cell_as_html_and_stands_alone():
     assert repr(shown) == shown._repr_markdown_() == figures.markdown(frame)
 
 
+def test_whatever_stands_in_a_cell_stays_in_it():
+    frame = pd.DataFrame({"class": ["a\nb", "![i](http://example.org)", "x | y", ""], "n": [1, 2, 3, 4]})
+    html = figures.Table(frame)._repr_html_()
+    assert html.count("<tr>") == 5 and html.count("<td>") == 8 and "<img" not in html and "<a " not in html
+    assert figures.markdown(frame).count("\n") == 6
+
+
 def test_the_paper_has_one_verified_value_with_its_source():
     values = figures.paper_values()
     assert list(values.columns) == ["artefact", "dataset", "setting", "metric", "value", "source"]

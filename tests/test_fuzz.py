@@ -30,7 +30,7 @@ cases = settings(max_examples=400 if NIGHTLY else 40, deadline=None, derandomize
 WORDS = st.sampled_from(["", "cifar10", "synthetic", "tcr", "byol", "patch-based", "multi-scale", "untrained", "lars", "adamw", "resnet18",
                          "true", "1e-3", "0", "-1", "nan", "1,4", "[1, 4]", "{a: 1}", "null", "~", "é", "a b", "a\nb", "../x"])  # fmt: skip
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | WORDS | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.just(10**400) | st.floats() | WORDS | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
 
 
@@ -195,7 +195,9 @@ def test_a_damaged_run_is_refused_or_gives_what_it_gave(finished, tmp_path_facto
             one_line(error)
         else:
             assert all(torch.equal(weights[name], tensor) for name, tensor in run.weights().items())
-            assert [row["accuracy"] for row in found] == [row["accuracy"] for row in rows] or "evaluations" in str(paths)
+            assert [row["accuracy"] for row in found] == [row["accuracy"] for row in rows]
+            with contextlib.suppress(InputError):
+                assert [row["loss"] for row in again.history] == [row["loss"] for row in run.history]
     finally:
         shutil.rmtree(folder)
 

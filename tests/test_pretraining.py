@@ -235,7 +235,7 @@ def told(*arguments):
     return trained(*arguments)
 pretraining._train = told
 images = load("synthetic", "train").take(torch.arange(0, 4000, 50))
-config = pretraining.PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=16)
+config = pretraining.PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=40)
 try:
     pretraining.pretrain(config, images, Path(sys.argv[1]), progress=False, checkpoint_every=0)
 except Stopped as stop:
@@ -269,18 +269,85 @@ def kill_while_training(root, number, delay):
     return process.wait()
 
 
-def test_killed_at_five_random_moments_it_ends_with_the_same_weights(tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("straight")
+    assert child(root).wait() == 0
+    return finished_run(root)
+
+
+def test_killed_at_five_random_moments_it_ends_with_the_same_weights(tmp_path, undisturbed):
     delays = random.Random(7)
-    codes = [kill_while_training(tmp_path / "killed", signal.SIGKILL, delays.uniform(0, 0.1)) for _ in range(5)]
+    codes = [kill_while_training(tmp_path, signal.SIGKILL, delays.uniform(0, 0.1)) for _ in range(5)]
     assert codes == [-signal.SIGKILL] * 5  # it was still training each time
-    assert child(tmp_path / "killed").wait() == child(tmp_path / "straight").wait() == 0
-    assert same_weights(finished_run(tmp_path / "killed"), finished_run(tmp_path / "straight"))
+    assert child(tmp_path).wait() == 0
+    assert same_weights(finished_run(tmp_path), undisturbed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 3), (signal.SIGINT, 130)])
-def test_signals_stop_at_a_checkpoint(tmp_path, number, code):
-    assert kill_while_training(tmp_path, number, 0) == code
-    assert list(tmp_path.glob("*/checkpoint.pt"))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_it_ends_with_the_same_weights(tmp_path, undisturbed, number):
+    assert kill_while_training(tmp_path, number, 0) == 130
+    assert not [run for run in runs.list_runs(tmp_path) if run.finished]
+    assert child(tmp_path).wait() == 0
+    assert same_weights(finished_run(tmp_path), undisturbed)
+
+
+def test_a_signal_that_comes_when_nothing_is_left_to_train_loses_nothing(images, tmp_path, monkeypatch):
+    made = runs.provenance
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        return made()
+
+    monkeypatch.setattr(runs, "provenance", interrupted)
+    with pytest.raises(Stopped, match="is finished") as stop:
+        train(images, tmp_path)
+    assert stop.value.interrupted and finished_run(tmp_path) == train(images, tmp_path)
+
+
+def test_seconds_count_all_work_up_to_the_last_checkpoint(images, tmp_path, clock, monkeypatch):
+    """Each look at the clock is a second; what was trained since the last row of the history counts as well."""
+    saved, clock.more = [], itertools.count()
+    monkeypatch.setattr(pretraining, "LOGS", 1)
+    monkeypatch.setattr(runs, "save_checkpoint", lambda run, state: saved.append(state["seconds"]))
+    run = train(images, tmp_path, checkpoint_every=0)
+    assert len(saved) == 15 and all(later > sooner + 1 for sooner, later in itertools.pairwise(saved))
+    assert run.metrics["seconds"] > saved[-2]
+
+
+def test_a_run_that_went_from_one_machine_to_another_says_so(images, tmp_path, monkeypatch):
+    def stops(limit=0):
+        with pytest.raises(Stopped):
+            train(images, tmp_path, time_limit=limit)
+
+    here = runs.hardware()
+    stops(), stops()
+    monkeypatch.setattr(runs, "hardware", lambda: {**here, "gpu": "Abacus"})
+    stops(), stops(), stops()
+    found = train(images, tmp_path).provenance
+    assert [(part["hardware"]["gpu"], part["until"]) for part in found["parts"]] == [(None, 2), ("Abacus", 15)]
+    assert found["hardware"]["gpu"] == "Abacus" and "parts" not in train(images, tmp_path / "another").provenance
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(images, tmp_path):
+    with pytest.raises(Stopped):
+        train(images, tmp_path, time_limit=0)
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    state["model"].popitem()
+    torch.save(state, path)
+    with pytest.raises(InputError, match="another network") as error:
+        train(images, tmp_path)
+    assert "\n" not in str(error.value)
+    path.unlink()
+    assert train(images, tmp_path).finished
+
+
+@pytest.mark.parametrize("deadline", ["nan", "soon"])
+def test_a_deadline_that_is_no_time_is_refused(images, tmp_path, monkeypatch, deadline):
+    monkeypatch.setenv("BAGSSL_DEADLINE", deadline)
+    with pytest.raises(InputError, match="BAGSSL_DEADLINE"):
+        train(images, tmp_path)
 
 
 @pytest.fixture
@@ -451,6 +518,7 @@ def test_less_than_one_step_is_refused(images, tmp_path):
         {"options": {"temperature": 0.1}}, {"options": {"invariance": -1}}, {"options": 3}, {"vieuws": 4},
         {"epochs": 0}, {"optimiser": "lars", "weight_decay": 0}, {"dataset": "a/b"}, {"momentum": 1.1},
         {"objective": "simclr", "options": {"temperature": "hot"}}, {"grid": -1}, {"grid": 8.0},
+        {"objective": "simclr", "options": {"temperature": True}}, {"options": {"invariance": 10**400}}, {"epochs": 10**400},
     ],
 )  # fmt: skip
 def test_senseless_settings_are_refused_in_one_line(wrong):

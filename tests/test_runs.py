@@ -109,16 +109,25 @@ def test_an_evaluation_belongs_to_the_weights_it_was_measured_on(tmp_path):
     run = train(tmp_path)
     (first,) = measured()
     sound, weights = first.read_bytes(), written(run)
-    first.write_bytes(sound[:-20])
-    assert measured() == {first} and json.loads(first.read_text())["rows"] == json.loads(sound)["rows"]
+    for damaged in (sound[:-20], sound.replace(b'"accuracy": ', b'"accuracy": 1'), b'{"rows": 3, "sha256": "0"}'):
+        first.write_bytes(damaged)
+        assert measured() == {first} and json.loads(first.read_text())["rows"] == json.loads(sound)["rows"]
     runs.finish(run, {name: 2 * tensor for name, tensor in weights.items()}, run.history, run.metrics, {})
     assert len(measured()) == 2
 
 
-def test_a_store_that_cannot_be_written_is_still_read(tmp_path, monkeypatch):
+def test_a_store_that_cannot_be_written_is_still_read(tmp_path):
     run = train(tmp_path)
-    monkeypatch.setattr(runs, "write_atomically", None)
-    assert train(tmp_path) == run and load_encoder(run)
+    (run.path / "checkpoint.pt").touch()  # its writer was killed when only this was left to remove
+
+    def found():
+        assert train(tmp_path) == run and load_encoder(run) and run.history
+        with pytest.raises(PermissionError):  # and it cannot be written
+            (run.path / "checkpoint.pt").unlink()
+
+    with only_to_be_read(tmp_path):
+        assert fork(found) == 0
+    assert train(tmp_path) == run and not (run.path / "checkpoint.pt").exists()
 
 
 # What is damaged
@@ -128,11 +137,46 @@ def test_a_history_that_ends_too_early_is_refused_wherever_it_ends(tmp_path):
     run = train(tmp_path)
     path, rows = run.path / "history.csv", run.history
     whole = path.read_bytes()
-    for length in range(len(whole) - 1):  # without the last byte, half a line end, nothing is lost
+    for length in range(len(whole)):
         path.write_bytes(whole[:length])
         refused(lambda: run.history, "history.csv is damaged")
     path.write_bytes(whole)
     assert run.history == rows and len(rows) == 2
+
+
+def test_one_changed_bit_anywhere_is_refused(tmp_path):
+    run = train(tmp_path)
+    for name in ("history.csv", "metrics.json", "provenance.json"):
+        path = run.path / name
+        whole = path.read_bytes()
+        for place in range(0, len(whole), 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            try:
+                found = run.history, run.metrics, run.provenance
+            except InputError as error:
+                assert "damaged" in str(error)
+            else:  # it fell on the name of the hash, and on nothing that is read
+                assert b'"sha256"' in whole[max(0, place - 9) : place + 9] and found[0]
+        path.write_bytes(whole)
+    assert run.history and run.metrics and run.provenance
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_does_no_harm(tmp_path, capsys):
+    run = train(tmp_path)
+    (run.path / "metrics.json").unlink()
+    (run.path / "checkpoint.pt").mkdir()
+    assert train(tmp_path) == run and run.weights() and "training starts again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "weights.safetensors", "metrics.json"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(name, tmp_path):
+    run = train(tmp_path)
+    for path in (run.path / name, run.path / "metrics.json"):  # without the mark it is trained again
+        path.unlink(missing_ok=True)
+    (run.path / name).mkdir()
+    refused(lambda: (train(tmp_path), load_encoder(run), run.metrics), name)
+    (run.path / name).rmdir()
+    assert train(tmp_path) == run and run.weights()
 
 
 CONFIGS = [
@@ -150,7 +194,9 @@ def test_a_configuration_of_a_newer_version_is_one_line(change, message, tmp_pat
     run = train(tmp_path)
     path = run.path / "config.json"
     sound = path.read_bytes()
-    path.write_text(json.dumps(change(json.loads(sound))))
+    content = json.loads(sound)
+    del content["sha256"]
+    path.write_text(json.dumps(change(content)))
     for use in (load_encoder, load_projector):
         refused(lambda use=use: use(run), f"config.json.*{message}")
     assert train(tmp_path) == run and path.read_bytes() == sound  # the key says what must stand there
@@ -232,7 +278,21 @@ def test_weights_of_another_network_are_one_line(tmp_path):
     assert load_projector(run)
 
 
-# A disk that takes no more
+# A disk that takes no more, or nothing
+
+
+@contextlib.contextmanager
+def only_to_be_read(folder: Path):
+    """Nobody may write in `folder`; root is stopped in what `fork` starts, where it gives up its privileges."""
+    paths = [folder, *folder.rglob("*")]
+    before = [path.stat().st_mode for path in paths]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        yield
+    finally:
+        for path, mode in zip(paths, before, strict=True):
+            path.chmod(mode)
 
 
 def on_a_small_disk(size: int, work) -> int:

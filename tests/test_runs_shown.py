@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -74,6 +73,9 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path):
     (run,) = runs.list_runs(tmp_path)
     step = torch.load(run.path / "checkpoint.pt", weights_only=True)["step"]
     assert f"saved at step {step} of 4" in repr(run) and "finished" not in repr(run)
+    for rows in ([{"step": "one", "loss": 1.0}] * 2, [{"step": [], "loss": None}] * 2, 3):
+        torch.save({"step": 1, "history": rows}, run.path / "checkpoint.pt")
+        assert "saved at step 1" in repr(run) and "polyline" not in run._repr_html_()
     (run.path / "checkpoint.pt").write_bytes(b"half")
     assert "its checkpoint cannot be read" in repr(run)
     (run.path / "checkpoint.pt").unlink()
@@ -103,11 +105,12 @@ def test_losses_that_are_not_finite_leave_the_curve(run):
         cells = rows[row].split(",")
         rows[row] = ",".join([*cells[:place], value, *cells[place + 1 :]])
     (run.path / "history.csv").write_text("\n".join([header, *rows, ""]))
+    runs.write_json(run.path / "metrics.json", {**run.metrics, "history_sha256": None})  # as it might have been trained
     assert "nan" not in run._repr_html_() and "polyline" in run._repr_html_()
 
 
 def test_nothing_in_a_record_is_markup(run):
-    content = json.loads((run.path / "config.json").read_text())
+    content = runs.read_json(run.path / "config.json")
     content["config"]["dataset"] = "<script>alert(1)</script>\n&"
-    (run.path / "config.json").write_text(json.dumps(content))
+    runs.write_json(run.path / "config.json", content)
     assert "<script" not in run._repr_html_() and "<script>alert(1)</script> &" in words(run._repr_html_())
