@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -316,7 +316,7 @@ def _store(
     tensors |= {f"{split}_labels": images[split].labels for split in SPLITS}
     try:
         with write_atomically(path) as temporary:
-            save_file(tensors, temporary, {"bagssl": json.dumps(about)})
+            temporary.write_bytes(save(tensors, {"bagssl": json.dumps(about)}))  # `save_file` would put another file there
     except (OSError, SafetensorError) as error:
         raise _refusal(f"{path} cannot be written ({error}): free the disk, or set BAGSSL_DATA") from error
     counts = " and ".join(f"{len(images[split]):,} {split}" for split in SPLITS)

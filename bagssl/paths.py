@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import fcntl
 import os
 import shutil
 import tempfile
@@ -14,7 +14,8 @@ from pathlib import Path
 from bagssl.errors import InputError
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-_STALE = 86_400.0  # seconds: nobody writes at one file for a day, and few clocks are wrong by one
+_STALE = 86_400.0  # seconds: nobody downloads for a day, and few clocks are wrong by one
+_BEGUN = 2.0  # seconds after which whoever writes a file holds its lock
 
 
 def home() -> Path:
@@ -38,11 +39,16 @@ def runs_root() -> Path:
 
 
 def sweep(path: Path) -> None:
-    """Remove what writers of `path` that were killed left beside it; what is younger than a day may be at work."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    """Remove what writers that were killed left in the folder of `path`: files that nobody holds, folders after a day."""
+    for left in path.parent.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # held, or on a disk that knows no locks
+            age = time.time() - left.stat().st_mtime
+            if left.is_dir() and age > _STALE:
+                shutil.rmtree(left)
+            elif not left.is_dir() and age > _BEGUN:
+                with open(left, "r+b") as stream:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
 
 
 @contextlib.contextmanager
@@ -57,7 +63,8 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    with contextlib.suppress(OSError):  # a disk that knows no locks
+        fcntl.flock(handle, fcntl.LOCK_EX)  # until we end, however that is: `sweep` leaves it alone
     temporary = Path(name)
     try:
         yield temporary
@@ -72,3 +79,4 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
