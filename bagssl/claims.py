@@ -59,6 +59,7 @@ class Claim:
     statement: str
     conditions: tuple[Condition, ...]
     expected: tuple[str, ...] = ()  # datasets that the paper's claim is about: in the ledger even if not measured
+    caveat: str = ""  # what the rule does not ask
 
     def on(self, dataset: str) -> list[Condition]:
         return [each for each in self.conditions if each.dataset in ("", dataset)]
@@ -88,7 +89,7 @@ CLAIMS = {
         Condition("position R2 of patches", above=0),
         Condition("neighbours of the same class over chance", above=0),
         Condition("shift sensitivity, patch over bag", above=0),
-    )),
+    ), caveat="not asked: whether an untrained encoder does the same"),
     "C6": Claim("The projection is the more invariant, the embedding the more local and equivariant.", (
         Condition("position R2, h over z", above=0),
         Condition("shift sensitivity, h over z", above=0),
@@ -98,7 +99,7 @@ CLAIMS = {
     "C7": Claim("Averaging the embeddings of patches improves existing multi-scale models by a large margin.", (
         Condition("bag over centre crop", above=0, unit="points"),
         Condition("median gain over objectives", above=2, unit="points"),
-    )),
+    ), caveat="not asked: whether an untrained encoder gains less"),
 }  # fmt: skip
 
 
@@ -209,10 +210,11 @@ class Ruling:
 
     def _repr_markdown_(self) -> str:
         verdicts = " ".join(f"{each['dataset'] or 'Evidence'}: **{each['verdict']}**." for each in self.entries)
-        return f"**{self.claim}**: {CLAIMS[self.claim].statement} {verdicts}\n\n{figures.markdown(self.rows)}"
+        about = CLAIMS[self.claim]
+        return f"**{self.claim}**: {about.statement} {verdicts}{f' ({about.caveat})' * bool(about.caveat)}\n\n{figures.markdown(self.rows)}"
 
     def _repr_html_(self) -> str:
-        about = {"claim": self.claim, "statement": CLAIMS[self.claim].statement}
+        about = {"claim": self.claim, "statement": CLAIMS[self.claim].statement, "caveat": CLAIMS[self.claim].caveat}
         rows = judged(self.claim, self.evidence)
         drawn = [(each, strip(self.claim, each, rows[rows["dataset"] == each["dataset"]]) if each["dataset"] else None)
                  for each in self.entries]  # fmt: skip
@@ -289,7 +291,7 @@ def ledger(results: Path, profile: str) -> pd.DataFrame:
 
 def _entry(claim: str, dataset: str, evidence: pd.DataFrame) -> dict[str, str]:
     about = CLAIMS[claim]
-    rule = "; ".join(map(str, about.on(dataset) if dataset else about.conditions))
+    rule = "; ".join([*map(str, about.on(dataset) if dataset else about.conditions), *[about.caveat] * bool(about.caveat)])
     entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, "statement": about.statement,
              "rule": rule, "verdict": MISSING}  # fmt: skip
     if evidence.empty:

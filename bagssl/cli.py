@@ -114,8 +114,9 @@ def data_add(arguments: argparse.Namespace) -> int:
 def data_check(arguments: argparse.Namespace) -> int:
     from bagssl import data
 
-    data.check(arguments.name)
+    fingerprints = data.check(arguments.name)
     print(f"{arguments.name}: as it was written")
+    print(table([*fingerprints.items()]))
     return 0
 
 
@@ -245,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _DISK:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _say(f"{where}{error.strerror}; make room, or set BAGSSL_DATA, BAGSSL_RESULTS or BAGSSL_RUNS to a folder "
-                    "that can be written", 1)
+        return _say(f"{where}{error.strerror}; make room or let it be written, or set BAGSSL_DATA, "
+                    "BAGSSL_RESULTS or BAGSSL_RUNS to another folder", 1)
 
 
 def _say(message: str, code: int) -> int:

@@ -175,7 +175,9 @@ def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
 
 def sentences(reading: pd.DataFrame) -> str:
     """The differences as a Markdown list, numbers and verdicts as they stand in `reading`."""
-    how = "95 % t-interval over seeds" if reading["seeds"].max() > 1 else "95 % paired bootstrap over test images"
+    seeds = reading["seeds"].max()
+    how = "95 % t-interval over seeds" if seeds > 1 else "95 % paired bootstrap over test images"
+    how += f", wide because there are only {seeds} of them" if 1 < seeds < 4 else ""
     words = {"above": "is better than", "below": "is worse than", "undecided": "cannot be told from"}
     lines = [
         f"- {row['objective']}, {row['probe']} probe: {row['first']} **{words[row['verdict']]}** {row['second']}: "

@@ -8,6 +8,7 @@ There is no fallback to other data: what is absent or damaged is an `InputError`
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -116,7 +117,9 @@ def load(name: str, split: str, root: Path | None = None) -> Images:
     if name in EMBEDDED:
         return Images(*EMBEDDED[name](split))
     if not available(name, root):
-        raise _refusal(f"the dataset {name!r} is not in {_root(root)}: add it by {_how_to_add(name)}")
+        close = difflib.get_close_matches(name, names(root), n=1)
+        meant = f"did you mean {close[0]!r}? Or " if close and close != [name] else ""
+        raise _refusal(f"the dataset {name!r} is not in {_root(root)}: {meant}add it by {_how_to_add(name)}")
     path = _cache(name, root)
     with _opened(path, name) as (file, about):
         pixels, labels = file.get_tensor(f"{split}_pixels"), file.get_tensor(f"{split}_labels")
@@ -371,7 +374,7 @@ def _tree(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
         if alone:
             raise _refusal(f"the class {min(alone)!r} is in {tree / there} but not in {tree / lacking}")
     if len(train) < 2:
-        raise _refusal(f"{tree / 'train'} has {len(train)} class folders: a dataset needs two or more")
+        raise _refusal(f"{tree / 'train'} has fewer than two class folders, {len(train)}: a dataset needs two or more")
     files = {split: [_entries(folder, tree) for folder in folders[split]] for split in SPLITS}
     for split in SPLITS:
         for folder, inside in zip(folders[split], files[split]):
@@ -408,7 +411,12 @@ def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, t
     ):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # of odd EXIF data
+        wrong: list[tuple[Path, InputError]] = []
         for i, image in enumerate(pool.imap(lambda path: _read(path, size), paths, chunksize=16)):
+            bar.update()
+            if isinstance(image, InputError):
+                wrong.append((paths[i], image))
+                continue
             if pixels is None:
                 pixels = np.empty((len(paths), *image.shape), np.uint8)
             if image.shape != pixels.shape[1:]:
@@ -418,7 +426,10 @@ def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, t
                     "give --size to bring them to one"
                 )
             pixels[i] = image
-            bar.update()
+    if wrong:
+        others = ", ".join(str(path.relative_to(path.parents[2])) for path, _ in wrong[1:6]) + ", ..." * (len(wrong) > 6)
+        more = f", nor can {len(wrong) - 1} more ({others})" if others else ""
+        raise _refusal(f"{wrong[0][1]}{more}: replace or remove {'them' if more else 'it'}")
     result, start = {}, 0
     for split in SPLITS:
         labels = torch.tensor([label for label, inside in enumerate(files[split]) for _ in inside])
@@ -428,14 +439,14 @@ def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, t
     return result
 
 
-def _read(path: Path, size: int | None) -> np.ndarray:
-    """One image as uint8 [H, W, 3]."""
+def _read(path: Path, size: int | None) -> np.ndarray | InputError:
+    """One image as uint8 [H, W, 3], or why it cannot be read."""
     try:
         with Image.open(path) as image:
             image.load()
             image = _rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # decoders meet bad bytes with errors of every kind
-        raise _refusal(f"{path} cannot be read as an image ({error or type(error).__name__})") from error
+    except Exception as error:  # noqa: BLE001 - decoders meet bad bytes with errors of every kind
+        return _refusal(f"{path} cannot be read as an image ({error or type(error).__name__})")
     if size is not None:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -1,5 +1,8 @@
 """What can go wrong, in three words; the command line turns each into an exit code, a notebook into one line."""
 
+import difflib
+from collections.abc import Sequence
+
 
 def _one_line(error: Exception) -> list[str]:
     """What IPython shows in the place of a traceback: the message says all that the reader needs."""
@@ -26,3 +29,9 @@ class Diverged(RuntimeError):
     """Training gave NaN or collapsed; the message names the term (exit code 1)."""
 
     _render_traceback_ = _one_line
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Known names, the one that was probably meant first in line: the second half of an error message."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

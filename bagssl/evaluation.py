@@ -78,8 +78,8 @@ def _kept(path: Path) -> list[dict[str, Any]] | None:
         return None
 
 
-def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[str]) -> None:
-    """Raises InputError, in one line, for a protocol that `evaluate` cannot follow."""
+def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[str], *, bag: bool = False) -> None:
+    """Raises InputError, in one line, for a protocol that `evaluate` cannot follow; for a `bag`, without a K above 0."""
     for name, words, known in (("probe", probes, PROBES), ("feature", features, FEATURES)):
         if not words:
             raise InputError(f"no {name} is asked for: choose among {', '.join(known)}")
@@ -87,6 +87,8 @@ def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[
             raise InputError(f"unknown {name} {unknown[0]!r}: choose among {', '.join(known)}")
     if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in ks):
         raise InputError(f"ks = {list(ks)!r} must be whole numbers of at least 0: 0 is the centre crop")
+    if bag and not any(ks):
+        raise InputError(f"ks = {list(ks)!r} needs a K above 0: 0 is the centre crop, and no bag")
 
 
 def _measure(

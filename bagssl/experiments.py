@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import functools
 import hashlib
 import json
@@ -36,7 +35,7 @@ from unittest import mock
 import yaml
 from filelock import FileLock, Timeout
 
-from bagssl.errors import InputError, Stopped
+from bagssl.errors import InputError, Stopped, nearest
 from bagssl.paths import home, results_root, write_atomically
 
 PROFILES = ("smoke", "laptop", "paper")
@@ -88,12 +87,6 @@ class Outcome:
 
 
 # ---- the list of experiments, and what is asked of it
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Known names, the one that was probably meant first in line: the second half of an error message."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
@@ -316,7 +309,10 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
     fingerprints: dict[str, str] = {}
     if dataset is not None:
         if fetch:
-            _ensure_data(dataset)
+            try:
+                _ensure_data(dataset)
+            except InputError as error:
+                raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
         try:
             fingerprints[dataset] = _fingerprint(dataset)
         except InputError:
@@ -488,13 +484,15 @@ def _swap(partial: Path, folder: Path, old: Path) -> None:
 def _run_stage(stage: Stage, fresh: bool, deadline: float | None, kernels: Kernels, say) -> Outcome:
     """Run one stage into its partial folder, and swap that in if all went well."""
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(stage.beside("lock"))
+    lock, waiting = FileLock(stage.beside("lock")), False
     while not kernels.stopping:
         try:
             lock.acquire(timeout=0.2)
             break
         except Timeout:  # another bagssl runs it: wait, then take its results as fresh
-            continue
+            if not waiting:
+                say("another process executes it: waiting for that")
+            waiting = True
     try:
         if kernels.stopping:
             return Outcome(130, "not started")
@@ -607,7 +605,9 @@ def reproduce(
         from bagssl.report import write_report
 
         try:
-            print(f"All of it on one page: {os.path.relpath(write_report(results))}")
+            page = write_report(results)
+            _say_verdicts(page.parent, profile)
+            print(f"All of it on one page: {os.path.relpath(page)}#{profile}")
         except (InputError, OSError) as error:
             print(f"bagssl: no page of all results: {error}", file=sys.stderr)
             return code or 1
@@ -680,11 +680,19 @@ def _say(board: Board, title: str, text: str, *, error: bool = False) -> None:
 
 
 def _say_where(folders: Sequence[Path]) -> None:
-    print("\nTables, figures and executed notebooks:" if folders else "", flush=True)
+    print("\nThe executed notebooks, with their figures/ and tables/:" if folders else "", flush=True)
     for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in {".md", ".png", ".html", ".ipynb"}:
-                print(f"  {os.path.relpath(path)}")
+        figures, tables = (len(list(folder.glob(pattern))) for pattern in ("figures/*.png", "tables/*.md"))
+        print(f"  {os.path.relpath(folder / folder.name)}.ipynb: figures {figures}, tables {tables}")
+
+
+def _say_verdicts(results: Path, profile: str) -> None:
+    from bagssl.claims import MISSING, ledger
+
+    print("The claims, on what was measured:")
+    for row in ledger(results, profile).itertuples():
+        if row.verdict != MISSING:
+            print(f"  {row.claim} {row.verdict} on {row.dataset}: {row.measure} {row.value}")
 
 
 def _say_failures(stages: Sequence[Stage], count: int) -> None:

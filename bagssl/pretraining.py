@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bagssl import runs
 from bagssl.data import Images
 from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projector
-from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.errors import Diverged, InputError, Stopped, nearest
 from bagssl.lars import LARS
 from bagssl.objectives import OBJECTIVES, needs_target, spread
 from bagssl.patches import Augmentation, apply_colour, augment
@@ -138,7 +138,7 @@ class PretrainConfig:
         names = [field_.name for field_ in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                raise InputError(f"unknown setting {name!r}: there are {', '.join(names)}")
+                raise InputError(f"unknown setting {name!r}; {nearest(str(name), names)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,13 +238,14 @@ def pretrain(
     writes a checkpoint and raises Stopped (killed, it goes on from the checkpoint of at most `checkpoint_every` seconds
     before); the next call goes on from there and ends, on a CPU, with the weights of a
     run that was never stopped, to the bit. Raises Diverged when a loss term is not finite or the projections collapse,
-    InputError when there are fewer images than one batch holds.
+    InputError when there are fewer images than one batch holds, or a finished run is damaged.
     """
     config.steps(len(images))  # refused before a folder is made
     device = torch.device(pick_device(device))
     compiled = pick_compiled(compiled, device)
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
+        run.check()
         with contextlib.suppress(OSError):  # killed when nothing but this was left to do; a store may be read-only
             (run.path / "checkpoint.pt").unlink()
         return run

@@ -59,7 +59,7 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
             shown: dict[str, list] = {}  # rule -> what it decides on, worst first
             for row in rows.to_dict("records"):
                 shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
-            datasets.append({**entry, "experiment": entry["table"].split("/")[0], "rows": shown,
+            datasets.append({**entry, "caveat": claims.CLAIMS[claim].caveat, "experiment": entry["table"].split("/")[0], "rows": shown,
                              "strip": claims.strip(claim, entry, rows)})  # fmt: skip
         verdicts = set(entries["verdict"])
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)

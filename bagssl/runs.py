@@ -114,6 +114,12 @@ class Run:
         """The files of its record that are not there."""
         return [name for name in _RECORD if not (self.path / name).exists()]
 
+    def check(self) -> None:
+        """Raises InputError when what it holds is not what was written; that it holds no weights is no damage."""
+        _ = self.history, self.provenance
+        if (self.path / "weights.safetensors").exists():
+            self.weights()
+
     def __repr__(self) -> str:
         return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
 

@@ -235,6 +235,20 @@ def test_the_lab_shows_a_failure(page, lab):
     assert faults(executed, notebook)[0] == "cell 0: 0 figures, not 1"
 
 
+def test_the_lab_lets_the_keys_move_the_slider(page, lab):
+    write_notebook(lab[0] / "slider.ipynb", """from bagssl import data, encoders, explore
+train, test = (data.subset(data.load("synthetic", split), 60) for split in ("train", "test"))
+explore.growing_bags(encoders.build_encoder("resnet10", 8), train, test, [0, 1], range(1, 6), scale=0.2, size=8)""")
+    open_notebook(page, lab, "slider.ipynb")
+    run_all(page, lab, "slider.ipynb")
+    slider, shown = page.locator(".growing-bags input"), page.locator(".growing-bags output")
+    slider.click()  # in its middle
+    for key, k in (("ArrowRight", 4), ("ArrowRight", 5), ("Home", 1), ("ArrowUp", 2)):
+        assert page.evaluate("document.activeElement.type") == "range"
+        page.keyboard.press(key)
+        assert shown.inner_text() == f"K = {k}"
+
+
 def test_the_lab_shows_training_as_one_line_and_interrupts_it(page, lab):
     write_notebook(lab[0] / "training.ipynb", """import torch
 from bagssl.data import load

@@ -73,7 +73,7 @@ WRONG = [
     ("pretrain --training both", "both"),
     ("pretrain --seed one", "parameter seed must be int"),
     ("pretrain --set views=1", "views"),
-    ("pretrain --set epocs=1", "epocs"),
+    ("pretrain --set epocs=1", "did you mean 'epochs'"),
     ("pretrain --seed 1 --set seed=2", "given twice"),
     ("notebooks 99_none.ipynb", "99_none.ipynb"),
 ]

@@ -17,6 +17,7 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from filelock import FileLock
 
 from bagssl import experiments
 from bagssl.errors import InputError, Stopped
@@ -211,8 +212,10 @@ def test_data_is_part_of_the_key(notebooks, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "_fingerprint", lambda name: "two")
     assert experiments.plan(experiment, "smoke").key != one.key
     assert one.data == {"synthetic": "one"}
-    with pytest.raises(InputError, match="nowhere"):
+    with pytest.raises(InputError, match=r"d \(d.ipynb\): the dataset 'nowhere'"):
         experiments.plan(experiment, "smoke", {"dataset": "nowhere"})
+    with pytest.raises(InputError, match=r"'synthetik' is not in .*: did you mean 'synthetic'\? Or add it"):
+        experiments.plan(experiment, "smoke", {"dataset": "synthetik"})
 
 
 def test_a_swap_that_was_cut_short_is_mended(tmp_path, notebooks, results):
@@ -221,6 +224,22 @@ def test_a_swap_that_was_cut_short_is_mended(tmp_path, notebooks, results):
     os.replace(stage.folder, stage.beside("old"))  # killed between the two renames
     assert experiments.reproduce(["good"], notebooks=notebooks, results=results) == 0
     assert experiments.state(stage) == "fresh" and not stage.beside("old").exists()
+
+
+def test_what_another_process_executes_is_waited_for_with_a_line(notebooks, results, monkeypatch, capsys):
+    stage = experiments.plan(experiments.load_experiments(notebooks)["good"], "smoke", results=results)
+    held = FileLock(stage.beside("lock"), thread_local=False)  # released by another thread
+    held.acquire()
+    waited = experiments.Board.say
+
+    def say(board, text, **how):
+        waited(board, text, **how)
+        held.release()  # the other one ends as soon as it is waited for
+
+    monkeypatch.setattr(experiments.Board, "say", say)
+    assert experiments.reproduce(["good"], notebooks=notebooks, results=results) == 0
+    out = capsys.readouterr().out
+    assert "another process executes it: waiting for that" in out and "good: fresh" in out
 
 
 def test_a_clock_that_is_set_does_not_end_the_batch(tmp_path, notebooks, monkeypatch):
@@ -237,24 +256,26 @@ def test_a_clock_that_is_set_does_not_end_the_batch(tmp_path, notebooks, monkeyp
     assert len(told) == 2 and all(300 < (deadline - 1e9) % 36_000 <= 600 for deadline in told)
 
 
-def test_ctrl_c_stops_the_kernel_within_seconds(tmp_path, notebooks):
+def test_ctrl_c_stops_all_kernels_within_seconds(tmp_path, notebooks):
     # a shell's background job ignores Ctrl-C and so do its children: as in the foreground, then
+    shutil.copytree(notebooks, tmp_path / "notebooks")
+    write_list(tmp_path / "notebooks", too={"artefact": "none", "notebook": "long.ipynb", "profiles": {"smoke": {"cost": "", "parameters": {}}}})
     script = ("import sys, pathlib, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-              "from bagssl import experiments as e; sys.exit(e.reproduce(['long'], "
+              "from bagssl import experiments as e; sys.exit(e.reproduce(['long', 'too'], jobs=2, "
               "notebooks=pathlib.Path(sys.argv[1]), results=pathlib.Path(sys.argv[2])))")
-    process = subprocess.Popen([sys.executable, "-c", script, str(notebooks), str(tmp_path)], text=True,
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "notebooks"), str(tmp_path)], text=True,
                                stdout=subprocess.PIPE, cwd=Path(experiments.__file__).parent.parent)
-    pid, until = tmp_path / "smoke/.long.partial/pid", time.monotonic() + 90
-    while not (pid.exists() and pid.read_text()):
+    pids, until = [tmp_path / f"smoke/.{name}.partial/pid" for name in ("long", "too")], time.monotonic() + 90
+    while not all(pid.exists() and pid.read_text() for pid in pids):
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.1)
-    kernel = psutil.Process(int(pid.read_text()))
-    assert kernel.is_running()
+    kernels = [psutil.Process(int(pid.read_text())) for pid in pids]
+    assert all(kernel.is_running() for kernel in kernels)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    assert "interrupted" in process.stdout.read()
-    assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
-    assert ended(tmp_path, "long")["state"] == "stopped"
+    assert process.stdout.read().count("interrupted") == 2
+    assert not any(kernel.is_running() and kernel.status() != psutil.STATUS_ZOMBIE for kernel in kernels)
+    assert ended(tmp_path, "long")["state"] == ended(tmp_path, "too")["state"] == "stopped"
 
 
 def test_refresh_rewrites_in_place_and_twice_the_same(tmp_path):

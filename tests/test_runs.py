@@ -161,6 +161,18 @@ def test_one_changed_bit_anywhere_is_refused(tmp_path):
     assert run.history and run.metrics and run.provenance
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "history.csv", "metrics.json", "provenance.json"])
+def test_a_damaged_run_is_not_taken_for_finished(name, tmp_path):
+    run = train(tmp_path)
+    path = run.path / name
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
+        path.write_bytes(damaged)
+        refused(lambda: train(tmp_path), name)
+    path.write_bytes(whole)
+    assert train(tmp_path) == run
+
+
 def test_a_folder_in_the_place_of_a_checkpoint_does_no_harm(tmp_path, capsys):
     run = train(tmp_path)
     (run.path / "metrics.json").unlink()
