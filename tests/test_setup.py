@@ -203,6 +203,13 @@ def test_the_training_core_loads_no_notebook_software():
     assert loaded_by("import nbformat") & NOTEBOOK_SOFTWARE  # the check does see what it looks for
 
 
+def test_a_box_without_jupyter_can_train_measure_and_race():
+    """All modules but the page of results: pandas, scikit-learn and seaborn will do."""
+    names = sorted(path.stem for path in (ROOT / "bagssl").glob("*.py") if path.stem not in ("__init__", "report"))
+    loaded = loaded_by("\n".join(f"import bagssl.{name}" for name in names))
+    assert loaded & (NOTEBOOK_SOFTWARE | {"mistune"}) == {"matplotlib", "pandas", "seaborn"}
+
+
 def test_the_data_readme_states_the_checksums_that_are_true():
     from torchvision.datasets import CIFAR10, CIFAR100
 
