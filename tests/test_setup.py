@@ -205,9 +205,12 @@ def test_the_training_core_loads_no_notebook_software():
 
 def test_a_box_without_jupyter_can_train_measure_and_race():
     """All modules but the page of results: pandas, scikit-learn and seaborn will do."""
+    absent = sorted(NOTEBOOK_SOFTWARE - {"matplotlib", "pandas", "seaborn"} | {"mistune"})
     names = sorted(path.stem for path in (ROOT / "bagssl").glob("*.py") if path.stem not in ("__init__", "report"))
-    loaded = loaded_by("\n".join(f"import bagssl.{name}" for name in names))
-    assert loaded & (NOTEBOOK_SOFTWARE | {"mistune"}) == {"matplotlib", "pandas", "seaborn"}
+    without = f"sys.modules |= dict.fromkeys({absent})\n"
+    loaded_by(without + "\n".join(f"import bagssl.{name}" for name in names))
+    with pytest.raises(AssertionError, match="import of nbconvert halted|import of mistune halted"):
+        loaded_by(f"{without}import bagssl.report")
 
 
 def test_the_data_readme_states_the_checksums_that_are_true():
