@@ -32,11 +32,11 @@ test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session,
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 		$(NBVAL) notebooks tests
 
-# The notebooks once more with the instructions of an old processor: other sums, the same verdicts.
+# The notebooks once more, their models too, with the instructions of an old processor: other sums, the same verdicts.
 test-all: $(READY)  ## everything: as test, with the long tests, then the browser; about an hour on two cores
 	@BAGSSL_FUZZ=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder -m "not browser" $(NBVAL) notebooks tests
-	@ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
+	@BAGSSL_RUNS=`mktemp -d` ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile $(NBVAL) notebooks
 	@$(MAKE) test-browser
 
