@@ -197,15 +197,16 @@ def test_a_full_disk_is_one_line(words, writable, capsys):
 ON_TMPFS = """set -u; mount -t tmpfs -o size=64k none "$1"; export BAGSSL_RUNS="$1"
 shift; "$@"; echo "ended with $?"; find "$BAGSSL_RUNS" -name ".*.tmp"
 mount -o remount,size=64m "$BAGSSL_RUNS"; "$@" >/dev/null; echo "then with $?" """
-CANNOT_MOUNT = subprocess.run(["unshare", "-Urm", "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True, check=False).returncode \
-    if shutil.which("unshare") else 1
 
 
-@pytest.mark.skipif(CANNOT_MOUNT, reason="may not mount a file system of its own")
 def test_a_full_file_system_is_one_line_and_with_room_the_next_call_ends_well(tmp_path):
-    command = [sys.executable, "-m", "bagssl.cli", *WRITES[0].split()]
-    done = subprocess.run(["unshare", "-Urm", "sh", "-c", ON_TMPFS, "sh", str(tmp_path), *command], capture_output=True, text=True,
-                          check=False, cwd=Path(bagssl.__file__).parent.parent)
+    def apart(script, *words):
+        return subprocess.run(["unshare", "-Urm", "sh", "-c", script, "sh", *words], capture_output=True, text=True, check=False,
+                              cwd=Path(bagssl.__file__).parent.parent)
+
+    if not shutil.which("unshare") or apart("mount -t tmpfs none /mnt").returncode:
+        pytest.skip("may not mount a file system of its own")
+    done = apart(ON_TMPFS, str(tmp_path), sys.executable, "-m", "bagssl.cli", *WRITES[0].split())
     line, *more = done.stderr.splitlines()
     assert "No space left on device; make room" in line and not more
     assert done.stdout.split("\n")[:-1] == ["ended with 1", "then with 0"]
