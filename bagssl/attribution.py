@@ -99,8 +99,8 @@ def part_evidence(terms: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
     """The evidence of each type of part for each class that best explains the patches, float64 [..., types, classes].
 
     The logit of a patch alone in its bag, patches × term, is fitted by least squares with the sum over types of
-    share × evidence; shares as from `part_shares`. weights: float64 [..., images], how much each image counts, such
-    as the draws of a bootstrap.
+    share × evidence; shares as from `part_shares`. weights: float64 [..., images], how much each image counts: 0,
+    and it is left out.
     """
     gram = torch.einsum("knp,knq->npq", shares, shares)
     cross = torch.einsum("knp,knc->npc", shares, len(terms) * terms)

@@ -194,6 +194,11 @@ class Ruling:
         return [_entry(self.claim, dataset, self.evidence[self.evidence["dataset"] == dataset]) for dataset in datasets]
 
     @property
+    def verdicts(self) -> str:
+        """One line for each dataset: `cifar10: C4 holds`."""
+        return "\n".join(f"{each['dataset']}: {self.claim} {each['verdict']}" for each in self.entries)
+
+    @property
     def rows(self) -> pd.DataFrame:
         """Every row of the evidence, what decides first, as text."""
         named = [each.measure for each in CLAIMS[self.claim].conditions]

@@ -14,8 +14,9 @@ from scipy.stats import t as student_t
 
 from bagssl import runs
 from bagssl.data import Images
-from bagssl.errors import InputError
+from bagssl.errors import InputError, nearest
 from bagssl.evaluation import evaluate, unpack_correct
+from bagssl.objectives import OBJECTIVES
 from bagssl.paths import results_root
 from bagssl.pretraining import PretrainConfig, pretrain
 from bagssl.probes import paired_interval, resamples
@@ -33,15 +34,16 @@ def arms(
 ) -> list[PretrainConfig]:
     """One configuration per objective, training and seed, and an untrained encoder per seed.
 
-    `overrides` maps an objective to the settings in which its recipe differs, the same for both of its arms.
+    `overrides` maps an objective to the settings in which its recipe differs, the same for both of its arms; those of
+    objectives that are not asked for wait until they are.
     Raises InputError for a setting that does not exist, or an objective or seed that is missing or named twice.
     """
     for name, values in (("objectives", objectives), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
             raise InputError(f"{name} = {list(values)!r}: name at least one, and each once")
     for name, settings in overrides.items():
-        if name not in objectives:
-            raise InputError(f"overrides for '{name}', which is not among the objectives {', '.join(objectives)}")
+        if name not in OBJECTIVES:
+            raise InputError(f"overrides for an unknown objective {name!r}; {nearest(str(name), list(OBJECTIVES))}")
         if not isinstance(settings, Mapping):
             raise InputError(f"overrides of {name} = {settings!r} must be a mapping of settings to values")
     trained = [

@@ -246,8 +246,7 @@ def pretrain(
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
         run.check()
-        with contextlib.suppress(OSError):  # killed when nothing but this was left to do; a store may be read-only
-            (run.path / "checkpoint.pt").unlink()
+        runs.drop_checkpoint(run)  # killed when nothing but this was left to do
         return run
     deadline = _deadline(time_limit)
     with runs.locked(run, deadline):

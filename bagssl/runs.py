@@ -88,7 +88,7 @@ class Run:
     @property
     def history(self) -> list[dict[str, float]]:
         """One row per log interval, numbers as floats. Raises InputError when rows or ends of rows are missing."""
-        path = self.path / "history.csv"
+        path, metrics = self.path / "history.csv", self.metrics
         try:
             content = path.read_bytes()
             text = content.decode()
@@ -98,9 +98,9 @@ class Run:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from error
-        if not text.endswith("\n") or last != self.metrics.get("steps"):
+        if not text.endswith("\n") or last != metrics.get("steps"):
             raise InputError(f"{path} is damaged: it ends before the last step; {_AGAIN}")
-        if self.metrics.get("history_sha256") not in (None, _digest(content)):  # None: written before there was one
+        if metrics.get("history_sha256") not in (None, _digest(content)):  # None: written before there was one
             raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
         return rows
 
@@ -118,7 +118,7 @@ class Run:
         """Raises InputError when what it holds is not what was written; that it holds no weights is no damage."""
         _ = self.history, self.provenance
         if (self.path / "weights.safetensors").exists():
-            self.weights()
+            self._sound_weights()
 
     def __repr__(self) -> str:
         return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
@@ -133,6 +133,12 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        try:
+            return load(self._sound_weights())
+        except SafetensorError as error:
+            raise InputError(f"{self.path / 'weights.safetensors'} is no safetensors file ({error}); {_AGAIN}") from error
+
+    def _sound_weights(self) -> bytes:
         path = self.path / "weights.safetensors"
         try:
             content = path.read_bytes()
@@ -142,10 +148,7 @@ class Run:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         if _digest(content) != self.metrics.get("weights_sha256"):
             raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
-        try:
-            return load(content)
-        except SafetensorError as error:
-            raise InputError(f"{path} is no safetensors file ({error}); {_AGAIN}") from error
+        return content
 
 
 # ---- how a run shows itself: a folder may be half-written, damaged or gone, so whatever cannot be read is left out
@@ -310,7 +313,12 @@ def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metr
     write_json(run.path / "provenance.json", provenance)
     hashes = {"weights_sha256": _digest(content), "history_sha256": _digest(table.getvalue().encode())}
     write_json(run.path / "metrics.json", {**metrics, **hashes})
-    with contextlib.suppress(OSError):  # it does no harm
+    drop_checkpoint(run)
+
+
+def drop_checkpoint(run: Run) -> None:
+    """Remove the checkpoint of a finished run, if there is one and it can be: it does no harm."""
+    with contextlib.suppress(OSError):
         (run.path / "checkpoint.pt").unlink()
 
 

@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 
 # What a sentence may say: the level of an interval, the ledger's margin of claims C2, C3 and C7, an arXiv number.
-ALLOWED = re.compile(r"95 % (?:bootstrap )?interval|2 points below|arXiv \d{4}\.\d{5}")
+ALLOWED = re.compile(r"95 % (?:bootstrap |jackknife )?interval|2 points below|arXiv \d{4}\.\d{5}")
 NO_PROSE = re.compile(r"`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)", re.DOTALL)
 TYPED = re.compile(r"[-+−]?\d*\.\d+(?:e[-+]?\d+)?|\d+e-\d+|\d+(?: ?%| per cent| points?\b)")
 
