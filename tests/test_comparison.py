@@ -41,6 +41,8 @@ def test_arms_of_an_objective_differ_in_their_crops_and_seed_alone():
         same = [{name: value for name, value in arm.items() if name not in ("training", "seed")} for arm in own]
         assert len(own) == 4 and all(arm == same[0] for arm in same)
     assert {arm.objective: dict(arm.options) for arm in arms[:-2]} == {"tcr": {}, "simclr": {"temperature": 0.2}}
+    tcr = comparison.arms(["tcr"], [0, 1], recipe, {"simclr": {"options": {"temperature": 0.2}}})  # one line changed
+    assert tcr == [arm for arm in arms if arm.objective == "tcr"]
 
 
 def test_a_setting_that_does_not_exist_is_refused():
