@@ -124,7 +124,7 @@ def test_pyproject_lock_and_environment_agree():
         ("requirements.lock", r"(?m)^tqdm==\S+", r"\g<0> ; sys_platform == 'linux'", "meets None on darwin"),
         ("requirements.lock", r"(?m)^six==", "six>=", "lock: six has no exact version"),
         ("requirements.lock", r"(?m)^(six==\S+) \\\n(    --hash.*\n)+", "\\1\n", "lock: six lacks a SHA-256"),
-        ("requirements.lock", r"(?m)^six==", "--index-url example\n\\g<0>", "names a place: --index-url"),
+        ("requirements.lock", r"(?m)^six==", "-i example\n\\g<0>", "names a place: -i example"),
         ("requirements.lock", r"(?m)^six==", "--find-links example\n\\g<0>", "names a place: --find-links"),
         ("requirements.lock", r"# via", "# via -r /somewhere/", "lock: names a place"),
     ],
