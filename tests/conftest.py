@@ -25,6 +25,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def same_draws():
+    """What a test draws does not depend on the tests before it, which differ from process to process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """Point BAGSSL_DATA, _RESULTS and _RUNS into a temporary folder."""
     monkeypatch.setenv("BAGSSL_DATA", str(tmp_path / "data"))

@@ -75,8 +75,8 @@ def test_the_exponent_of_growth():
 
 
 def test_the_stock_network_is_the_same_function_of_torchs_own_layers():
-    encoder = build_encoder("resnet10", 8).eval()
-    x = torch.rand(2, 3, 16, 16)
+    encoder = build_encoder("resnet10", 8).double().eval()
+    x = torch.rand(2, 3, 16, 16, dtype=torch.double)
     with torch.inference_mode():
         ours, theirs = encoder(x), bench._stock(encoder)(x)
     torch.testing.assert_close(ours, theirs)

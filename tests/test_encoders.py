@@ -22,13 +22,14 @@ def reference(make):
 
 @pytest.mark.parametrize(("name", "make"), [("resnet18", resnet18), ("resnet34", resnet34)])
 def test_width_64_is_torchvisions_network(name, make):
-    theirs, ours = reference(make), build_encoder(name, 64)
+    theirs, ours = reference(make).double(), build_encoder(name, 64).double()
     theirs.load_state_dict(ours.state_dict())  # the same names and shapes
-    x = torch.rand(2, 3, 16, 16)
+    x = torch.rand(2, 3, 16, 16, dtype=torch.double)
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours(x), theirs((x - 0.5) * 4))
     assert ours.dim == 512
-    # negative control: the ImageNet stem is another network
+    # negative controls: other weights, and the ImageNet stem, are other networks
+    assert not torch.allclose(ours(x), build_encoder(name, 64, seed=1).double().eval()(x), rtol=1e-2)
     network = make(num_classes=1)
     with pytest.raises(RuntimeError):
         network.load_state_dict(ours.state_dict())
