@@ -33,7 +33,7 @@ from bagssl import bags, data, figures, objectives, patches, pretraining, probes
 from bagssl.encoders import build_encoder, build_projector
 from bagssl.errors import InputError, Stopped
 from bagssl.experiments import package_hash
-from bagssl.paths import results_root, write_atomically
+from bagssl.paths import cores, results_root, write_atomically
 from bagssl.pretraining import PretrainConfig
 
 Work = Callable[[], int | tuple[int, float]]  # does a piece of work; how many units it was, and seconds by its own clock
@@ -93,7 +93,7 @@ class Machine:
         self.dtype = pretraining.pick_precision("auto", self.device)
         self.quick = quick
         self.size = {**(CUDA if self.device.type == "cuda" else CPU), **(QUICK if quick else {})}
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.cores = cores()
         known = [row["name"] for row in data.status() if row["state"] == "ready"]
         self.dataset = dataset or ("cifar10" if "cifar10" in known else "synthetic")
         self.train, self.test = (data.load(self.dataset, split) for split in ("train", "test"))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bagssl import synthetic
 from bagssl.errors import InputError
-from bagssl.paths import data_root, sweep, write_atomically
+from bagssl.paths import cores, data_root, sweep, write_atomically
 
 SPLITS = ("train", "test")
 SIZES = range(8, 1025)  # what --size may be, in pixels
@@ -406,7 +406,7 @@ def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, t
     pixels: np.ndarray | None = None
     with (
         warnings.catch_warnings(),
-        ThreadPool(min(8, os.cpu_count() or 1)) as pool,  # Pillow decodes outside the interpreter's lock
+        ThreadPool(min(8, cores())) as pool,  # Pillow decodes outside the interpreter's lock
         tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar,
     ):
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -36,7 +36,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from bagssl.errors import InputError, Stopped, nearest
-from bagssl.paths import home, results_root, write_atomically
+from bagssl.paths import cores, home, results_root, write_atomically
 
 PROFILES = ("smoke", "laptop", "paper")
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
@@ -572,7 +572,7 @@ def reproduce(
         resolve(experiment, profile, overrides or {})  # all of them, before any data is fetched
     stages = [plan(experiment, profile, overrides, results=results) for experiment in chosen]
     if jobs > 1:  # share the cores out; torch would otherwise use all of them in every kernel
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
 
     board, kernels, ended = Board(), Kernels(), {}
     with _sigterm_as_ctrl_c(), ThreadPoolExecutor(jobs) as pool:
@@ -731,6 +731,7 @@ def _provenance(stage: Stage) -> dict[str, Any]:
     from bagssl.runs import provenance
 
     found, experiment = provenance(), stage.experiment
+    del found["hardware"]["threads"]  # this process's: the kernel's own are in its notebook and its models' records
     return {
         "experiment": experiment.name, "profile": stage.profile, "notebook": experiment.notebook.name,
         "parameters": stage.parameters, "data": stage.data, "key": stage.key,

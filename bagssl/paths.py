@@ -1,4 +1,4 @@
-"""Where things lie, and how a file is written so that a reader never sees half of it."""
+"""Where things lie, how many cores there are, and how a file is written so that a reader never sees half of it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def results_root() -> Path:
 def runs_root() -> Path:
     """The store of trained models: $BAGSSL_RUNS, else runs/ among the results."""
     return Path(os.environ.get("BAGSSL_RUNS") or results_root() / "runs")
+
+
+def cores() -> int:
+    """Cores that this process may use: on a cluster's node those of its job, not all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sweep(path: Path) -> None:

@@ -37,7 +37,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bagssl.errors import InputError, Stopped
-from bagssl.paths import home, runs_root, write_atomically
+from bagssl.paths import cores, home, runs_root, write_atomically
 from bagssl.progress import notice
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
@@ -368,15 +368,15 @@ _PACKAGES = ("bagssl", "torch", "torchvision", "lightly", "numpy")
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores in use, and the GPU's name if there is one."""
+    """Processor, the cores of the machine, the threads of this process, and the GPU's name if there is one."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": _processor(), "cores": torch.get_num_threads(), "gpu": gpu}
+    return {"processor": _processor(), "cores": cores(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def machine(hardware: Mapping[str, Any]) -> str:
     """A name for recorded hardware: the GPU, or `AMD EPYC, 2 cores`."""
-    cores = hardware.get("cores", "?")
-    return hardware.get("gpu") or f"{hardware.get('processor') or 'not recorded'}, {cores} core{'s' * (cores != 1)}"
+    count = hardware.get("cores", "?")
+    return hardware.get("gpu") or f"{hardware.get('processor') or 'not recorded'}, {count} core{'s' * (count != 1)}"
 
 
 def _processor() -> str:

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from bagssl import experiments
 from bagssl.errors import InputError, Stopped
+from bagssl.paths import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """name: str = "x"
@@ -97,6 +98,8 @@ def test_success_leaves_notebook_html_tables_status_and_provenance(results):
     assert {"commit", "dirty", "versions", "hardware", "start", "end", "seconds", "parameters", "data",
             "profile"} <= set(provenance)
     assert {"python", "torch", "torchvision", "lightly", "papermill"} <= set(provenance["versions"])
+    # the machine's, whatever the kernels of a batch of several jobs get of it
+    assert provenance["hardware"]["cores"] == cores() and "threads" not in provenance["hardware"]
 
 
 def test_kernel_runs_in_the_notebooks_folder(results, notebooks):

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -242,3 +243,17 @@ def test_what_a_living_writer_has_begun_is_left_alone(tmp_path):
         assert (tmp_path / "a.json").read_text() == "second" and first.exists()
         assert len(list(tmp_path.iterdir())) == 2
     assert (tmp_path / "a.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_the_record_tells_the_cores_at_hand_from_the_threads_in_use():
+    code = """
+import os, torch
+from bagssl import runs
+torch.set_num_threads(3)
+for _ in range(2):
+    print(runs.hardware()["cores"], runs.hardware()["threads"])
+    os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+"""
+    words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert words == [str(len(os.sched_getaffinity(0))), "3", "1", "3"]
