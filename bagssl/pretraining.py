@@ -217,7 +217,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
 
 def _choice(name: str, value: str, choices) -> None:
     if value not in choices:
-        raise InputError(f"unknown {name} '{value}': choose one of {', '.join(choices)}")
+        raise InputError(f"unknown {name} {value!r}; {nearest(value, list(choices))}")
 
 
 def pretrain(
@@ -296,8 +296,7 @@ def pick_device(name: str) -> str:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The type of the convolutions: 'auto' is bf16 where the hardware multiplies it, else fp32."""
-    if name not in ("auto", "bf16", "fp32"):
-        raise InputError(f"unknown precision '{name}': choose one of auto, bf16, fp32")
+    _choice("precision", name, ("auto", "bf16", "fp32"))
     if name == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         name = "bf16" if native else "fp32"
@@ -312,8 +311,7 @@ def pick_compiled(name: str, device: torch.device) -> str:
     it is worth on a machine. The results differ by rounding.
     """
     name = (os.environ.get("BAGSSL_COMPILE") or "none") if name == "auto" else name
-    if name not in COMPILED:
-        raise InputError(f"cannot compile '{name}': choose one of {', '.join(COMPILED)}")
+    _choice("part to compile", name, COMPILED)
     if name == "graphs" and device.type != "cuda":
         raise InputError("CUDA graphs need a GPU: compile 'all', or 'none'")
     return name
