@@ -9,12 +9,11 @@ Terms are float64 [patches, images, classes], boxes int64 [patches, images, 4] (
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bagssl.probes import Classifier, resamples
+from bagssl.probes import Classifier
 
 
 def terms(classifier: Classifier, embeddings: Tensor) -> Tensor:
@@ -72,12 +71,6 @@ def insertion(terms: Tensor, order: Tensor, nothing: Tensor) -> Tensor:
 def deletion(terms: Tensor, order: Tensor, nothing: Tensor) -> Tensor:
     """Logits [patches + 1, images, classes] after the first 0, 1, ... all patches in `order` were taken out."""
     return insertion(terms, order.flip(0), nothing).flip(0)
-
-
-def interval(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over images of values [..., images], and its 95 % bootstrap interval: three arrays [...]."""
-    low, high = np.percentile(values @ resamples(values.shape[-1], seed).T, (2.5, 97.5), axis=-1)
-    return values.mean(-1), low, high
 
 
 def part_shares(boxes: Tensor, parts: Tensor, cell: int, types: int) -> Tensor:

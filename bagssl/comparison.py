@@ -10,16 +10,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student_t
 
-from bagssl import runs
+from bagssl import intervals, runs
 from bagssl.data import Images
 from bagssl.errors import InputError, nearest
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.objectives import OBJECTIVES
 from bagssl.paths import results_root
 from bagssl.pretraining import PretrainConfig, pretrain
-from bagssl.probes import paired_interval, resamples
 from bagssl.runs import Run
 
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
@@ -136,13 +134,12 @@ def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
     a, b = (rows.set_index("seed").sort_index() for rows in (a, b))
     points = (a["accuracy"] - b["accuracy"]).to_numpy(float)
     if len(points) > 1:
-        half = student_t.ppf(0.975, len(points) - 1) * points.std(ddof=1) / np.sqrt(len(points))
-        low, high = points.mean() - half, points.mean() + half
+        value, low, high = intervals.over_seeds(points)
     else:
         right, wrong = (unpack_correct(rows["correct"].iloc[0], images).astype(int) for rows in (a, b))
-        low, high = paired_interval(right - wrong)
+        value, low, high = intervals.paired(right - wrong)
     verdict = "above" if low > 0 else "below" if high < 0 else "undecided"
-    return {"points": points.mean(), "low": low, "high": high, "seeds": len(points), "verdict": verdict}
+    return {"points": value, "low": low, "high": high, "seeds": len(points), "verdict": verdict}
 
 
 def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images: int, seed: int = 0) -> dict[str, float]:
@@ -155,8 +152,8 @@ def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images
         return np.mean([unpack_correct(packed, images) for packed in rows["correct"]], axis=0)
 
     better = np.stack([right(a) - right(b) for a, b in pairs])  # [pairs, images]
-    low, high = np.percentile(100 * np.median(resamples(images, seed) @ better.T, axis=1), (2.5, 97.5))
-    return {"points": 100 * float(np.median(better.mean(axis=1))), "low": float(low), "high": float(high)}
+    (found,) = intervals.bootstrap(100 * better.T, lambda means: np.median(means, axis=1), seed)
+    return {"points": found.value, "low": found.low, "high": found.high}
 
 
 def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:

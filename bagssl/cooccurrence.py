@@ -23,7 +23,6 @@ from collections.abc import Callable
 
 import torch
 from scipy.linalg import subspace_angles
-from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -228,16 +227,3 @@ def fits(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[
     """`fit` of each of learned ratios [1 + groups, P, P] as from `learned_ratio`: measure -> float64 [1 + groups]."""
     each = [fit(ratios, joint, ranks) for ratios in learned]
     return {name: torch.tensor([found[name] for found in each], dtype=torch.float64) for name in each[0]}
-
-
-def jackknife(values: Tensor) -> tuple[float, float, float]:
-    """Value, low and high: the 95 % interval over test images of values [1 + groups], all and without each group.
-
-    With n groups the variance is (n - 1) / n times the sum of the squared deviations of the values without one group
-    from their mean (Efron and Stein 1981); t quantile with n - 1 degrees of freedom. Differences of values are values.
-    """
-    value, without = float(values[0]), values[1:]
-    n = len(without)
-    variance = (n - 1) / n * float((without - without.mean()).square().sum())
-    half = float(student_t.ppf(0.975, n - 1)) * math.sqrt(variance)
-    return value, value - half, value + half

@@ -11,9 +11,8 @@ and one denominator per image; its value is the ratio of their means, and `estim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,20 +24,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Generator, Tensor, nn
 
-from bagssl import bags, patches
+from bagssl import bags, intervals, patches
 from bagssl.errors import InputError
-from bagssl.probes import resamples
+from bagssl.intervals import Estimate
 
 BLOCK = 2**23  # similarities looked at at a time
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}  # PretrainConfig's defaults
-
-
-class Estimate(NamedTuple):
-    """A value with its 95 % bootstrap interval over images."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +54,7 @@ def estimate(measure: Ratio, minus: Ratio | None = None, seed: int = 0) -> Estim
         ratios = means[:, 0::2] / means[:, 1::2]
         return ratios[:, 0] - (ratios[:, 1] if len(parts) > 1 else 0)
 
-    return _bootstrap(columns, value, seed)[0]
-
-
-def _bootstrap(columns: np.ndarray, statistic: Callable, seed: int) -> list[Estimate]:
-    """Estimates of what `statistic` makes of means over images: [means, columns] -> [means, values]."""
-    means = np.vstack([columns.mean(axis=0), resamples(len(columns), seed) @ columns])
-    values = np.asarray(statistic(means)).reshape(len(means), -1)
-    low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
-    return [Estimate(*map(float, each)) for each in zip(values[0], low, high, strict=True)]
+    return intervals.bootstrap(columns, value, seed)[0]
 
 
 def features(encoder: nn.Module, projector: nn.Module, pixels: Tensor, boxes: Tensor, size: int,
@@ -144,7 +127,7 @@ def whole_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
 
 def exponent(ks: Sequence[int], squared: np.ndarray, seed: int = 0) -> Estimate:
     """c in error ~ K^c: half the slope of log(mean over images of squared [N, len(ks)]) against log K."""
-    return _bootstrap(squared, lambda means: np.polyfit(np.log(ks), np.log(means).T, 1)[0] / 2, seed)[0]
+    return intervals.bootstrap(squared, lambda means: np.polyfit(np.log(ks), np.log(means).T, 1)[0] / 2, seed)[0]
 
 
 def levelling(embedded: Mapping[int, Tensor], seed: int = 0) -> tuple[Estimate, Estimate]:
@@ -158,7 +141,7 @@ def levelling(embedded: Mapping[int, Tensor], seed: int = 0) -> tuple[Estimate, 
     ks, whole = whole_error(embedded)
     falls = (limit * halves).mean(axis=1)
     stays = (whole - falls[:, None] / np.array(ks)).mean(axis=1)
-    return tuple(_bootstrap(np.stack([stays, falls], axis=1), lambda means: means, seed))
+    return tuple(intervals.bootstrap(np.stack([stays, falls], axis=1), lambda means: means, seed))
 
 
 # ---- C5 and C6: what is kept of a patch's place, and what of its look

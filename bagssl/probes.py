@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bagssl import intervals
 from bagssl.errors import InputError
 
-RESAMPLES = 1000
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
@@ -157,46 +155,10 @@ def fit_linear(
     return Classifier(weights[:, :-1], weights[:, -1], classes, centre, {**strength, **settings, **last})
 
 
-def difference(a: Accuracy, b: Accuracy, seed: int = 0) -> tuple[float, float, float]:
-    """a - b in points of accuracy on the same test images, with its paired 95 % bootstrap interval.
-
-    Raises ValueError where the two cannot have read the same test images.
-    """
-    if len(a.correct) != len(b.correct) or (a.predicted != b.predicted)[a.correct & b.correct].any():
-        raise ValueError(
-            "a paired difference takes two accuracies over the same test images in the same order"
-        )
-    better = a.correct.numpy().astype(int) - b.correct.numpy().astype(int)
-    return 100 * float(better.mean()), *paired_interval(better, seed)
-
-
-@lru_cache(maxsize=8)
-def resamples(images: int, seed: int = 0) -> np.ndarray:
-    """A bootstrap over images as weights [RESAMPLES, images]: counts drawn from the multinomial, over their sum."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
-
-
-def paired_interval(difference: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval, in points, of the mean of per-image differences -1, 0 or 1 [images].
-
-    A resample of n images is exactly a draw of the multinomial of their shares.
-    """
-    count = len(difference)
-    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
-    shares = np.array([better, worse, count - better - worse]) / count
-    draws = np.random.default_rng(seed).multinomial(count, shares, RESAMPLES)
-    low, high = np.percentile(100 * (draws[:, 0] - draws[:, 1]) / count, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def _accuracy(predicted: Tensor, labels: Tensor, settings: dict) -> Accuracy:
-    """Resampling n images of which a share p is right counts Binomial(n, p) right ones: exactly the bootstrap."""
     predicted, labels = predicted.cpu(), labels.cpu()
     correct = predicted == labels
-    count, share = len(correct), correct.double().mean().item()
-    draws = np.random.default_rng(0).binomial(count, share, RESAMPLES)
-    low, high = np.percentile(100 * draws / count, (2.5, 97.5))
-    return Accuracy(100 * share, float(low), float(high), correct, predicted, settings)
+    return Accuracy(*intervals.proportion(correct.numpy()), correct, predicted, settings)
 
 
 def _check(train: Tensor, train_labels: Tensor, *test: Tensor) -> tuple[Tensor, Tensor]:

@@ -180,15 +180,6 @@ def test_random_orders_follow_from_the_seed_and_differ_between_images():
     assert len(order.T.unique(dim=0)) > IMAGES // 2
 
 
-def test_the_interval_is_the_bootstrap_over_images():
-    values = draw(3, 200).numpy() * np.array([[1], [2], [0]]) + 1
-    mean, low, high = attribution.interval(values)
-    rows = np.random.default_rng(1).integers(200, size=(4000, 200))
-    expected = np.percentile(values[:, rows].mean(-1), (2.5, 97.5), axis=-1)
-    assert np.allclose(mean, values.mean(1)) and np.allclose([low[2], high[2]], 1)
-    assert np.abs(np.stack([low, high]) - expected).max() < 0.03
-
-
 # ---- what the synthetic world knows of a patch
 
 

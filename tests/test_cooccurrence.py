@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from bagssl import cooccurrence as co
-from bagssl import synthetic
+from bagssl import intervals, synthetic
 from bagssl.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -246,13 +245,6 @@ def test_the_exponential_has_mean_one_and_knows_no_length():
     torch.testing.assert_close(logs - logs[0, 0], (cosines - cosines[0, 0]) / 0.5)
 
 
-def test_the_jackknife_of_a_mean_is_students_interval():
-    x = normal(12)
-    without = torch.stack([torch.cat([x[:i], x[i + 1 :]]).mean() for i in range(12)])
-    low, high = stats.t.interval(0.95, 11, loc=x.mean(), scale=x.std() / math.sqrt(12))
-    assert co.jackknife(torch.cat([x.mean()[None], without])) == pytest.approx((x.mean().item(), low, high))
-
-
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """Noisy one-hot projections of a known joint: the jackknife's interval of a linear measure, over many draws."""
     joint = co.mixture(4, 2, seed=3)
@@ -262,7 +254,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         part = torch.randint(4, (80, 4), generator=generator)
         z = torch.nn.functional.one_hot(part, 4) + 1.0 * torch.randn(80, 4, 4, generator=generator, dtype=torch.float64)
         found = co.fits(co.learned_ratio(co.gram, z, part, 4, groups=8), joint)
-        value, low, high = co.jackknife(found["correlation"])
+        value, low, high = intervals.jackknife(found["correlation"])
         assert low < value < high
         inside += low < expected < high
     assert inside >= 34

@@ -1,0 +1,72 @@
+"""Intervals against resampling by hand, scipy, and how often they hold the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bagssl import intervals
+
+RNG = np.random.default_rng(0)
+RIGHT, OTHER = RNG.random(300) < 0.7, RNG.random(300) < 0.6
+
+
+def by_hand(columns: np.ndarray, statistic) -> np.ndarray:
+    """Low and high of statistic(rows drawn with replacement from columns [images, ...]), 4,000 draws."""
+    rows = np.random.default_rng(1).integers(len(columns), size=(4000, len(columns)))
+    return np.percentile([statistic(columns[each]) for each in rows], (2.5, 97.5), axis=0)
+
+
+def near(found: intervals.Estimate, expected: np.ndarray) -> bool:
+    """Two bootstraps of the same thing: their ends differ by chance, by less than an eighth of the width."""
+    return bool(np.abs(np.array(found[1:]) - expected).max() < (expected[1] - expected[0]) / 8)
+
+
+def test_a_proportion_is_resampled():
+    found = intervals.proportion(RIGHT)
+    assert found.value == pytest.approx(100 * RIGHT.mean()) and found.low < found.value < found.high
+    assert near(found, by_hand(RIGHT, lambda drawn: 100 * drawn.mean()))
+    assert not near(found, by_hand(OTHER, lambda drawn: 100 * drawn.mean()))
+    assert intervals.proportion(np.ones(9, bool)) == (100, 100, 100)
+
+
+def test_a_paired_difference_is_resampled_by_images():
+    alike = RIGHT & (RNG.random(300) < 0.95)  # a second answer that is wrong on a few images more
+    better = RIGHT.astype(int) - alike
+    found = intervals.paired(better)
+    assert found.value == pytest.approx(100 * (RIGHT.mean() - alike.mean())) and found.low < found.value < found.high
+    assert near(found, by_hand(better, lambda drawn: 100 * drawn.mean()))
+    assert intervals.paired(-better).value == -found.value and intervals.paired(0 * better) == (0, 0, 0)
+    apart = by_hand(np.stack([RIGHT, RNG.permutation(alike)], axis=1), lambda drawn: 100 * np.subtract(*drawn.mean(axis=0)))
+    assert found.high - found.low < (apart[1] - apart[0]) / 2  # unpaired, the interval would be far wider
+
+
+def test_means_and_what_is_made_of_them_are_resampled_by_images():
+    values = RNG.normal(size=(3, 200)) * np.array([[1], [2], [0]]) + 1
+    value, low, high = intervals.mean(values)
+    assert np.allclose(value, values.mean(1)) and np.allclose([low[2], high[2]], 1)
+    for row in range(2):
+        assert near(intervals.Estimate(value[row], low[row], high[row]), by_hand(values[row], np.mean))
+
+    def ratio(means: np.ndarray) -> np.ndarray:
+        return means[..., 1] / means[..., 0]
+
+    first, second = intervals.bootstrap(values.T, lambda means: np.stack([ratio(means), means[:, 0]], axis=1))
+    assert first.value == pytest.approx(ratio(values.mean(1))) and near(first, by_hand(values.T, lambda drawn: ratio(drawn.mean(0))))
+    assert second == pytest.approx((value[0], low[0], high[0]))
+    assert intervals.bootstrap(values.T, ratio, seed=1)[0] != first == intervals.bootstrap(values.T, ratio)[0]
+
+
+def test_over_seeds_it_is_students_interval():
+    values = RNG.normal(size=5)
+    low, high = stats.t.interval(0.95, 4, loc=values.mean(), scale=stats.sem(values))
+    assert intervals.over_seeds(values) == pytest.approx((values.mean(), low, high))
+    assert intervals.over_seeds(values[:2]).high > 5 * high  # two seeds say little
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    x = RNG.normal(size=12)
+    without = [np.delete(x, i).mean() for i in range(12)]
+    low, high = stats.t.interval(0.95, 11, loc=x.mean(), scale=stats.sem(x))
+    assert intervals.jackknife(np.array([x.mean(), *without])) == pytest.approx((x.mean(), low, high))
