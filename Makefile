@@ -36,8 +36,9 @@ test: $(READY)  ## pytest over tests/ and nbval over notebooks/, in one session,
 test-all: $(READY)  ## everything: as test, with the long tests, then the browser; two hours on two cores
 	@BAGSSL_FUZZ=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile \
 		--no-loadscope-reorder -m "not browser" $(NBVAL) notebooks tests
-	@store=`mktemp -d`; trap 'rm -rf "$$store"' EXIT; BAGSSL_RUNS=$$store ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 --dist loadfile $(NBVAL) notebooks
+	@store=`mktemp -d`; trap 'rm -rf "$$store"' EXIT; BAGSSL_RUNS=$$store ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
+		MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 \
+		--dist loadfile $(NBVAL) notebooks
 	@$(MAKE) test-browser
 
 # Debian's or the reader's own browser: what Playwright would download is neither needed nor asked for.
