@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bagssl import bags, data, figures, objectives, patches, pretraining, probes, runs
+from bagssl import bags, data, devices, objectives, patches, pretraining, probes, runs
+from bagssl.batch.stages import package_hash
+from bagssl.config import PretrainConfig
 from bagssl.encoders import build_encoder, build_projector
 from bagssl.errors import InputError, Stopped
-from bagssl.experiments import package_hash
 from bagssl.paths import cores, results_root, write_atomically
-from bagssl.pretraining import PretrainConfig
+from bagssl.study import figures
 
 Work = Callable[[], int | tuple[int, float]]  # does a piece of work; how many units it was, and seconds by its own clock
 ROUNDS = 5
@@ -89,8 +90,8 @@ class Machine:
     """The device, the real images at hand, and the sizes that suit it."""
 
     def __init__(self, dataset: str | None = None, quick: bool = False):
-        self.device = torch.device(pretraining.pick_device("auto"))
-        self.dtype = pretraining.pick_precision("auto", self.device)
+        self.device = torch.device(devices.pick_device("auto"))
+        self.dtype = devices.pick_precision("auto", self.device)
         self.quick = quick
         self.size = {**(CUDA if self.device.type == "cuda" else CPU), **(QUICK if quick else {})}
         self.cores = cores()
@@ -413,7 +414,7 @@ def compiled(machine: Machine) -> Iterator[dict]:
                 return work()
         return do
 
-    for name in pretraining.COMPILED[1:]:
+    for name in devices.COMPILED[1:]:
         if name == "graphs" and machine.device.type != "cuda":
             continue
         rates = machine.race({f"compiled: {name}": under(name), "as it stands": under("none")})
@@ -615,7 +616,7 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
     path = Path(output) if output else results_root() / "bench" / f"{_slug(made['hardware'])}.json"
     record = {"rows": {}} if not path.exists() else runs.read_json(path)
     todo = list(names or ROWS)
-    sources = package_hash(beside=frozenset())
+    sources = package_hash(without=frozenset())
     if time_limit is not None and (output or not quick):
         todo = [name for name in todo if {sources} != {row.get("sources") for row in record["rows"].get(name, [])}]
     for i, name in enumerate(todo):

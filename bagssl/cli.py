@@ -64,24 +64,24 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    from bagssl import experiments
+    from bagssl.batch import reproduce
 
     if arguments.bare:
         if arguments.jobs > 1 or arguments.fresh:
             raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
-        return experiments.reproduce_bare(arguments.experiment, arguments.profile, assignments(arguments.set),
+        return reproduce.reproduce_bare(arguments.experiment, arguments.profile, assignments(arguments.set),
                                           time_limit=arguments.time_limit)
-    return experiments.reproduce(arguments.experiment, arguments.profile, assignments(arguments.set),
+    return reproduce.reproduce(arguments.experiment, arguments.profile, assignments(arguments.set),
                                  jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
 
 
 def list_experiments(arguments: argparse.Namespace) -> int:
-    from bagssl import experiments
+    from bagssl.batch import experiments, stages
 
     rows = [("EXPERIMENT", "PROFILE", "STATE", "COST", "NOTEBOOK", "PAPER")]
     for experiment in experiments.load_experiments().values():
         for profile, details in experiment.profiles.items():
-            state = experiments.state(experiments.plan(experiment, profile, fetch=False))
+            state = stages.state(stages.plan(experiment, profile, fetch=False))
             notebook = experiment.notebook.name
             rows.append((experiment.name, profile, state, details.cost, notebook, experiment.artefact))
     print(table(rows))
@@ -98,16 +98,16 @@ def data_list(arguments: argparse.Namespace) -> int:
 
 
 def data_get(arguments: argparse.Namespace) -> int:
-    from bagssl import data
+    from bagssl import trees
 
-    print(data.get(arguments.name))
+    print(trees.get(arguments.name))
     return 0
 
 
 def data_add(arguments: argparse.Namespace) -> int:
-    from bagssl import data
+    from bagssl import trees
 
-    print(data.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force))
+    print(trees.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force))
     return 0
 
 
@@ -124,9 +124,10 @@ def pretrain(arguments: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from bagssl import data, pretraining
-    from bagssl.experiments import conform
+    from bagssl.config import PretrainConfig
+    from bagssl.parameters import conform
 
-    types = {field.name: str(field.type) for field in fields(pretraining.PretrainConfig)}
+    types = {field.name: str(field.type) for field in fields(PretrainConfig)}
     given: dict[str, Any] = assignments(arguments.set)
     for name in ("dataset", "objective", "training", "seed"):
         if getattr(arguments, name) is not None:
@@ -135,7 +136,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
             given[name] = getattr(arguments, name)
     typed = {name: conform(name, value, _plain(types[name])) if name in types else value
              for name, value in given.items()}
-    config = pretraining.PretrainConfig.from_dict(typed)
+    config = PretrainConfig.from_dict(typed)
     run = pretraining.pretrain(config, data.load(config.dataset, "train"), time_limit=arguments.time_limit)
     print(os.path.relpath(run.path))
     return 0
@@ -146,13 +147,13 @@ def _plain(annotation: str) -> str:
 
 
 def notebooks(arguments: argparse.Namespace) -> int:
-    from bagssl import experiments
+    from bagssl.batch.reproduce import refresh_notebooks
 
-    return experiments.refresh_notebooks(arguments.notebook)
+    return refresh_notebooks(arguments.notebook)
 
 
 def report(arguments: argparse.Namespace) -> int:
-    from bagssl.report import write_report
+    from bagssl.batch.report import write_report
 
     print(os.path.relpath(write_report()))
     return 0

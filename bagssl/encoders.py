@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-from bagssl.errors import InputError, nearest
+from bagssl.errors import InputError, check_choice
 
 BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
@@ -81,8 +81,7 @@ def build_encoder(name: str, width: int = 64, seed: int = 0) -> Encoder:
 
     Raises InputError for an unknown name or a width below 1.
     """
-    if name not in BLOCKS:
-        raise InputError(f"unknown encoder {name!r}; {nearest(name, list(BLOCKS))}")
+    check_choice("encoder", name, BLOCKS)
     if width < 1:
         raise InputError(f"encoder width must be at least 1, not {width}")
     with torch.random.fork_rng(devices=[]):

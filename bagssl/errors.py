@@ -35,3 +35,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """Known names, the one that was probably meant first in line: the second half of an error message."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Raises InputError, with the nearest known word, when `value` is none of `known`; `name`: what it is."""
+    if value not in known:
+        raise InputError(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")

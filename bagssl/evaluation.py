@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from bagssl import runs
 from bagssl.bags import embed_bags
 from bagssl.data import Images
+from bagssl.devices import pick_device
 from bagssl.errors import InputError
-from bagssl.pretraining import load_encoder, load_projector, pick_device
+from bagssl.pretraining import load_encoder, load_projector
 from bagssl.probes import knn, linear
 from bagssl.runs import Run
 

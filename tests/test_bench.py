@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bagssl import bench, cli, figures
+from bagssl import bench, cli
+from bagssl.study import figures
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError, Stopped
 

@@ -14,7 +14,8 @@ import yaml
 from test_experiments import write_notebook
 
 import bagssl
-from bagssl import cli, data, experiments, pretraining
+from bagssl import cli, data, pretraining
+from bagssl.batch import experiments
 from bagssl.errors import Diverged, InputError, Stopped
 
 

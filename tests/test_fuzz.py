@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bagssl import cli, data, evaluation, experiments, pretraining, runs
+from bagssl import cli, data, evaluation, pretraining, runs
+from bagssl.batch import experiments
 from bagssl.errors import InputError
 from bagssl.pretraining import PretrainConfig
 

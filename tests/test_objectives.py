@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from lightly.loss.negative_cosine_similarity import NegativeCosineSimilarity
 
-from bagssl.cooccurrence import mixture, spectral_loss
+from bagssl.study.cooccurrence import mixture, spectral_loss
 from bagssl.objectives import (
     OBJECTIVES,
     barlow,

@@ -23,7 +23,9 @@ from matplotlib.figure import Figure
 from test_data import plant
 from test_experiments import write_notebook
 
-from bagssl import data, experiments, figures, pretraining, runs
+from bagssl import data, pretraining, runs
+from bagssl.batch import experiments
+from bagssl.study import figures
 from bagssl.paths import write_atomically
 from bagssl.pretraining import PretrainConfig, pretrain
 

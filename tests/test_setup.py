@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from bagssl import data, figures
+from bagssl import data
+from bagssl.study import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("pyproject.toml", "requirements.lock", "environment.yml")

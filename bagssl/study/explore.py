@@ -18,10 +18,11 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
-from bagssl import figures, patches, probes
+from bagssl import patches, probes
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.errors import InputError
+from bagssl.study import figures
 
 TILE = 64  # pixels of an embedded image at most
 COLUMNS = 16  # images in a row of the embedded sheet

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from bagssl import experiments, runs
+from bagssl import runs
+from bagssl.batch import experiments
 from bagssl.errors import InputError
 
 PARAMETERS = "seed: int = 0\n"
@@ -24,7 +25,8 @@ WORK = """import os
 import matplotlib.pyplot as plt
 import pandas as pd
 from pathlib import Path
-from bagssl import data, figures, pretraining
+from bagssl import data, pretraining
+from bagssl.study import figures
 from bagssl.evaluation import evaluate
 output = Path(os.environ["BAGSSL_OUTPUT"])
 train, test = (data.subset(data.load("synthetic", split), 100) for split in ("train", "test"))

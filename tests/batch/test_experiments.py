@@ -19,7 +19,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from bagssl import experiments
+from bagssl.batch import experiments
 from bagssl.errors import InputError, Stopped
 from bagssl.paths import cores
 

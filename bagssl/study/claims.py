@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bagssl import figures
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
 from bagssl.runs import machine, read_json
+from bagssl.study import figures
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]

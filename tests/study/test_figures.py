@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bagssl import figures
+from bagssl.study import figures
 from bagssl.errors import InputError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bagssl import claims, comparison
-from bagssl.claims import CLAIMS, FAILS, HOLDS, MISSING, UNDECIDED, Condition
+from bagssl.study import claims, comparison
+from bagssl.study.claims import CLAIMS, FAILS, HOLDS, MISSING, UNDECIDED, Condition
 from bagssl.errors import InputError
 
 

@@ -9,7 +9,8 @@ import torch
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
-from bagssl import bags, figures, locality, patches
+from bagssl import bags, patches
+from bagssl.study import figures, locality
 from bagssl.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightly.utils.lars import LARS as Lightlys
 
-from bagssl.lars import LARS
+from bagssl.optimisers import LARS
 
 
 def trajectory(optimiser, trust, steps=5, **how):

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 
 from bagssl import intervals, runs
+from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import InputError, nearest
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.objectives import OBJECTIVES
 from bagssl.paths import results_root
-from bagssl.pretraining import PretrainConfig, pretrain
+from bagssl.pretraining import pretrain
 from bagssl.runs import Run
 
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]

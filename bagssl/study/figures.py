@@ -61,9 +61,10 @@ def title(word: str) -> str:
     return TITLES.get(word, word)
 
 
-def render(template: str, **content: Any) -> str:
-    """The HTML that one of the package's templates makes of `content`."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+def render(template: str, folder: Path | None = None, **content: Any) -> str:
+    """The HTML that one of the templates in `folder`, by default those beside this file, makes of `content`."""
+    own = Path(__file__).parent
+    loader = jinja2.FileSystemLoader([folder or own, own])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)  # fmt: skip
     return environment.get_template(template).render(**content)

@@ -8,7 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from bagssl import attribution, patches, probes
+from bagssl import patches, probes
+from bagssl.study import attribution
 from bagssl.bags import embed_bags, patch_embeddings
 from bagssl.encoders import build_encoder
 from bagssl.synthetic import generate

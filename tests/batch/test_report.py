@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 from test_claims import GOOD
 
-from bagssl import claims, cli, experiments, figures, report
+from bagssl import cli
+from bagssl.batch import experiments, report
+from bagssl.study import claims, figures
 from bagssl.errors import InputError
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'

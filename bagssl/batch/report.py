@@ -21,11 +21,11 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
-from bagssl import claims, figures
+from bagssl.batch.experiments import PROFILES
 from bagssl.errors import InputError
-from bagssl.experiments import PROFILES
 from bagssl.paths import results_root, write_atomically
 from bagssl.runs import read_json
+from bagssl.study import claims, figures
 
 WIDTH = 1200  # pixels of an embedded figure at most: two per pixel of the column on a screen
 ARM = {"objective", "training", "k", "probe", "feature"}
@@ -41,7 +41,7 @@ def write_report(results: Path | None = None) -> Path:
     if not profiles:
         raise InputError(f"there are no results in {root}; `bagssl reproduce` makes them")
     page = figures.render(
-        "report.html.j2", profiles=profiles, verdicts=(claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING),
+        "report.html.j2", Path(__file__).parent, profiles=profiles, verdicts=(claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING),
         paper=figures.paper_values().to_dict("records"))  # fmt: skip
     with write_atomically(root / "index.html") as path:
         path.write_text(page, encoding="utf-8")

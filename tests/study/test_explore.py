@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bagssl import explore, patches, probes
+from bagssl import patches, probes
+from bagssl.study import explore
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.errors import InputError

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bagssl import comparison, data, evaluation, figures, objectives
+from bagssl import data, evaluation, objectives
+from bagssl.study import comparison, figures
 from bagssl.bags import embed_bags
 from bagssl.data import load
 from bagssl.errors import InputError

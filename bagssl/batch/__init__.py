@@ -1,0 +1,1 @@
+"""What executes notebooks, keeps their results fresh, and reports them on one page."""

@@ -1,0 +1,92 @@
+"""notebooks/experiments.yaml, the only list of experiments: what each regenerates, by which notebook, how large."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bagssl.errors import InputError, nearest
+from bagssl.paths import home
+
+PROFILES = ("smoke", "laptop", "paper")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large an experiment is executed: for a laptop, for a paper."""
+
+    cost: str  # time and hardware
+    parameters: dict[str, Any]  # what differs from the notebook's defaults
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An entry of experiments.yaml: a notebook, and its parameters in each profile."""
+
+    name: str
+    artefact: str  # the table, figure or claim of the paper
+    notebook: Path
+    profiles: dict[str, Profile]
+
+
+def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
+    """Read and check `notebooks`/experiments.yaml (default: notebooks/ of the checkout).
+
+    Raises InputError, in one line, for a file that is absent, not YAML, or not of the expected shape.
+    """
+    folder = Path(notebooks or home() / "notebooks")
+    path = folder / "experiments.yaml"
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run bagssl from a checkout of the project") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+        raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+
+    def section(value: Any, where: str, required: set[str]) -> dict:
+        if not isinstance(value, dict) or set(value) != required:
+            found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+            raise InputError(f"{path}: {where} needs exactly {', '.join(sorted(required))}; found {found}")
+        return value
+
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{path}: expected a mapping from experiment to its entry")
+    experiments = {}
+    for name, entry in entries.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", str(name)):
+            raise InputError(f"{path}: {name!r} is no experiment name; use small letters, digits and '-'")
+        section(entry, name, {"artefact", "notebook", "profiles"})
+        if not isinstance(entry["profiles"], dict) or not entry["profiles"]:
+            raise InputError(f"{path}: {name}: profiles must map a profile to its cost and parameters")
+        if not os.path.isfile(folder / str(entry["notebook"])):  # False for whatever is no name of a file, too
+            raise InputError(f"{path}: {name}: there is no notebook {entry['notebook']} in {folder}")
+        profiles = {}
+        for profile, value in entry["profiles"].items():
+            if profile not in PROFILES:
+                raise InputError(f"{path}: {name}: unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+            section(value, f"{name}: {profile}", {"cost", "parameters"})
+            if not isinstance(value["parameters"], dict):
+                raise InputError(f"{path}: {name}: {profile}: parameters must be a mapping, {{}} for none")
+            profiles[profile] = Profile(str(value["cost"]), value["parameters"])
+        experiments[name] = Experiment(name, str(entry["artefact"]), folder / entry["notebook"], profiles)
+    return experiments
+
+
+def choose(experiments: Mapping[str, Experiment], names: Sequence[str], profile: str) -> list[Experiment]:
+    """The experiments asked for, once each; without names, all that have the profile."""
+    if profile not in PROFILES:
+        raise InputError(f"unknown profile {profile!r}; {nearest(profile, PROFILES)}")
+    for name in names:
+        if name not in experiments:
+            raise InputError(f"unknown experiment {name!r}; {nearest(name, list(experiments))}")
+        if profile not in experiments[name].profiles:
+            known = ", ".join(experiments[name].profiles)
+            raise InputError(f"experiment {name} has no profile {profile}; it has: {known} (--profile)")
+    return [experiments[name] for name in dict.fromkeys(names or experiments)
+            if profile in experiments[name].profiles]

@@ -1,0 +1,131 @@
+"""One notebook, executed: by papermill in the process that `kernels.Kernels` starts, or bare, as a script."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from bagssl.batch.stages import write_record
+from bagssl.parameters import notebook_cells
+from bagssl.paths import write_atomically
+
+
+def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Execute by papermill and write the normalised notebook and its HTML; the error, or {}."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    try:
+        executed = papermill.execute_notebook(
+            notebook, target, parameters=parameters, cwd=notebook.parent,
+            kernel_name="python3", language="python",
+            progress_bar={"file": sys.stdout, "mininterval": 0, "bar_format": "cell {n_fmt}/{total_fmt}\n"},
+            stdout_file=sys.stdout, stderr_file=sys.stdout)
+    except papermill.PapermillExecutionError as error:
+        return {"ename": error.ename, "evalue": error.evalue, "cell": error.exec_count}
+    except DeadKernelError:
+        return {"ename": "DeadKernelError", "evalue": "the kernel died: killed, or out of memory"}
+    code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
+    if any(cell.execution_count is None or _has_error(cell) for cell in code):  # papermill passes SystemExit
+        return {"ename": "SystemExit", "evalue": "the notebook ended before its last cell"}
+    normalise_notebook(target)
+    from bagssl.batch.report import notebook_page
+
+    target.with_suffix(".html").write_text(notebook_page(target), encoding="utf-8")
+    return {}
+
+
+def _has_error(cell) -> bool:
+    return any(output.output_type == "error" for output in cell.outputs)
+
+
+def normalise_notebook(path: Path) -> None:
+    """Rewrite a notebook so that two executions differ only where results do.
+
+    Kernel python3, no versions, times or widget state in the metadata; of a cell's metadata only the tags;
+    ids from the source, execution counts in order, a stream in one piece.
+    """
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                         "language_info": {"name": "python"}}
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    seen: dict[str, int] = {}
+    count = 0
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        name = hashlib.sha256(f"{cell.cell_type}\0{cell.source}".encode()).hexdigest()[:8]
+        seen[name] = seen.get(name, 0) + 1
+        cell.id = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        if cell.cell_type != "code":
+            continue
+        executed = cell.execution_count is not None
+        count += executed
+        cell.execution_count = count if executed else None
+        outputs = []
+        for output in cell.outputs:
+            if output.output_type == "display_data" and output.data.get("text/plain") == "":
+                continue  # what a progress bar leaves
+            if "execution_count" in output:
+                output.execution_count = cell.execution_count
+            if output.output_type == "stream" and outputs and outputs[-1].get("name") == output.name:
+                outputs[-1].text += output.text
+            else:
+                outputs.append(output)
+        cell.outputs = outputs
+    with write_atomically(path) as temporary:
+        nbformat.write(notebook, temporary)
+
+
+def error_line(error: Mapping[str, Any]) -> str:
+    """cell 7: ValueError: the first line of its message."""
+    cell = f"cell [{error['cell']}]: " if error.get("cell") else ""
+    return f"{cell}{error['ename']}: {(str(error['evalue']).strip().splitlines() or [''])[0]}"
+
+
+def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """The code of a notebook as one script; what would be shown is not."""
+    import matplotlib.pyplot
+
+    matplotlib.use("Agg")
+
+    def nothing(*what: Any, **how: Any) -> None: ...
+
+    shown = types.ModuleType("IPython.display")
+    vars(shown).update(dict.fromkeys(("display", "HTML", "Image", "Markdown", "SVG"), nothing))
+    names: dict[str, Any] = {"__name__": "__main__", "display": nothing}
+    with mock.patch.dict(sys.modules, {"IPython.display": shown}):
+        for number, cell in enumerate((cell for cell in notebook_cells(notebook) if cell["cell_type"] == "code"), 1):
+            exec(compile("".join(cell["source"]), f"{notebook.name}, cell [{number}]", "exec"), names)  # noqa: S102
+            if "parameters" in cell["metadata"].get("tags", []):
+                names.update(parameters)
+    matplotlib.pyplot.close("all")
+
+
+def _main() -> int:
+    notebook, target = map(Path, sys.argv[1:3])
+    parameters = json.loads(sys.stdin.readline())
+
+    def leave_with_parent() -> None:
+        sys.stdin.read()  # until the process that started this one is gone; the kernel then ends by itself
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    sys.modules["rfc3987_syntax"] = None  # jsonschema's optional grammar: two seconds to load, for nothing
+    error = _execute(notebook, target, parameters)
+    if error:
+        write_record(target.with_name("error.json"), error)
+    return 1 if error else 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

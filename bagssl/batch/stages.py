@@ -1,0 +1,163 @@
+"""What is fresh: an experiment in a profile, with a key over all that its results depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bagssl.batch.experiments import Experiment
+from bagssl.errors import InputError, nearest
+from bagssl.parameters import conform, notebook_cells, notebook_parameters
+from bagssl.paths import results_root
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_DECIDE_NOTHING = frozenset({"bench.py", "cli.py", "batch"})  # in a notebook
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One experiment in one profile, ready to run; `key` covers all that its results depend on."""
+
+    experiment: Experiment
+    profile: str
+    parameters: dict[str, Any]
+    data: dict[str, str]  # dataset -> fingerprint
+    key: str
+    folder: Path
+
+    def beside(self, suffix: str) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.{suffix}")
+
+
+def resolve(experiment: Experiment, profile: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What to inject into the notebook: the profile's parameters, then the overrides, all checked."""
+    known = notebook_parameters(experiment.notebook)
+    given = {**experiment.profiles[profile].parameters, **overrides}
+    if "output" in given:
+        raise InputError("parameter output is the runner's own; set BAGSSL_RESULTS to write elsewhere")
+    for name in given:
+        if name not in known:
+            raise InputError(f"{experiment.name} ({experiment.notebook.name}) has no parameter {name!r}; "
+                             f"{nearest(str(name), [each for each in known if each != 'output'])}")
+    return {name: conform(name, value, known[name][1]) for name, value in given.items()}
+
+
+def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | None = None, *,
+         results: Path | None = None, fetch: bool = True) -> Stage:
+    """Check parameters and data, and give the stage its key. fetch: get data that is missing, or raise.
+
+    Without `fetch`, data that is absent counts as what it was when the results were made.
+    """
+    parameters = resolve(experiment, profile, overrides or {})
+    known = notebook_parameters(experiment.notebook)
+    folder = Path(results or results_root()) / profile / experiment.name
+    dataset = parameters.get("dataset", known.get("dataset", (None, ""))[0])
+    fingerprints: dict[str, str] = {}
+    if dataset is not None:
+        if fetch:
+            try:
+                _ensure_data(dataset)
+            except InputError as error:
+                raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
+        try:
+            fingerprints[dataset] = _fingerprint(dataset)
+        except InputError:
+            if fetch:
+                raise
+            fingerprints[dataset] = (read_record(folder / "status.json").get("data") or {}).get(dataset, "")
+    everything = {
+        "parameters": {**{name: default for name, (default, _) in known.items()}, **parameters},
+        "notebook": [[cell["cell_type"], "".join(cell["source"])] for cell in notebook_cells(experiment.notebook)],
+        "package": package_hash(),
+        "data": fingerprints,
+    }
+    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    return Stage(experiment, profile, parameters, fingerprints, key, folder)
+
+
+def _ensure_data(dataset: str) -> None:
+    """Raise InputError unless the dataset is there or, for those with a public source, can be fetched now."""
+    from bagssl import data, trees
+
+    if not data.available(dataset):
+        if dataset not in {"cifar10", "cifar100"}:
+            data.load(dataset, "train")  # raises, and says how to add it
+        print(trees.get(dataset), flush=True)
+
+
+@functools.cache
+def _fingerprint(dataset: str) -> str:
+    from bagssl import data
+
+    return " ".join(data.check(dataset).values())
+
+
+@functools.cache
+def package_hash(folder: Path = _PACKAGE, without: frozenset[str] = _DECIDE_NOTHING) -> str:
+    """SHA-256 over the package's sources, by default but for those that decide nothing in a notebook."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.suffix in {".py", ".csv", ".j2"} and name.parts[0] not in without:
+            digest.update(f"{name.as_posix()}\0{_file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def state(stage: Stage) -> str:
+    """fresh | stale | missing | failed (or stopped): of the results as they lie on disk."""
+    status = read_record(stage.folder / "status.json")
+    with contextlib.suppress(OSError):
+        if status.get("key") == stage.key and all(
+                _file_hash(stage.folder / name) == value for name, value in status["files"].items()):
+            return "fresh"
+    if stage.beside("failed").exists():
+        return read_record(stage.beside("failed") / "status.json").get("state", "failed")
+    return "stale" if status else "missing"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file of a result folder -> SHA-256; not status.json, which holds them, nor pages, which follow from notebooks."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "status.json" and path.suffix != ".html")
+    return {path.relative_to(folder).as_posix(): _file_hash(path) for path in files}
+
+
+def read_record(path: Path) -> dict:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def write_record(path: Path, content: Mapping) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def stage_provenance(stage: Stage) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from bagssl.runs import provenance
+
+    found, experiment = provenance(), stage.experiment
+    del found["hardware"]["threads"]  # this process's: the kernel's own are in its notebook and its models' records
+    return {
+        "experiment": experiment.name, "profile": stage.profile, "notebook": experiment.notebook.name,
+        "parameters": stage.parameters, "data": stage.data, "key": stage.key,
+        "commit": found["commit"], "dirty": found["dirty"], "hardware": found["hardware"],
+        "versions": {**found["versions"], "papermill": version("papermill")}, "start": iso_time(time.time()),
+    }  # fmt: skip
+
+
+def iso_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,39 @@
+"""Which device trains and embeds, in which precision, and what of it is compiled."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from bagssl.errors import InputError, check_choice
+
+COMPILED = ("none", "colours", "all", "graphs")
+
+
+def pick_device(name: str) -> str:
+    """'auto' is CUDA where there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of the convolutions: 'auto' is bf16 where the hardware multiplies it, else fp32."""
+    check_choice("precision", name, ("auto", "bf16", "fp32"))
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        name = "bf16" if native else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def pick_compiled(name: str, device: torch.device) -> str:
+    """What `torch.compile` is to make of a step: 'none', the 'colours' of the crops, 'all': the networks as well, or
+    'graphs': all, replayed as CUDA graphs. 'auto' is what $BAGSSL_COMPILE says, else none.
+
+    Compiling takes a quarter of a minute for the colours and more for the networks; `bagssl bench compiled` shows what
+    it is worth on a machine. The results differ by rounding.
+    """
+    name = (os.environ.get("BAGSSL_COMPILE") or "none") if name == "auto" else name
+    check_choice("part to compile", name, COMPILED)
+    if name == "graphs" and device.type != "cuda":
+        raise InputError("CUDA graphs need a GPU: compile 'all', or 'none'")
+    return name
