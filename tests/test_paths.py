@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,14 +21,15 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from test_data import plant
 from test_experiments import write_notebook
+from test_trees import plant
 
-from bagssl import data, pretraining, runs
-from bagssl.batch import experiments
-from bagssl.study import figures
+from bagssl import data, pretraining, runs, trees
+from bagssl.batch import kernels, notebook, reproduce, stages
+from bagssl.batch.experiments import load_experiments
 from bagssl.paths import write_atomically
 from bagssl.pretraining import PretrainConfig, pretrain
+from bagssl.study import figures
 
 KILLED = 137
 # what changes the disk: Python reports each of these before it happens
@@ -133,11 +135,11 @@ def a_figure(folder: Path) -> None:
 
 
 def a_notebook(folder: Path) -> None:
-    experiments.normalise_notebook(folder / "n.ipynb")
+    notebook.normalise_notebook(folder / "n.ipynb")
 
 
 def a_dataset(folder: Path) -> None:
-    data.add("pets", folder / "tree", root=folder, force=True)
+    trees.add("pets", folder / "tree", root=folder, force=True)
 
 
 def a_run(folder: Path) -> None:
@@ -145,9 +147,9 @@ def a_run(folder: Path) -> None:
 
 
 def some_results(folder: Path) -> None:
-    good = experiments.load_experiments(folder / "notebooks")["good"]
-    stage = experiments.plan(good, "smoke", results=folder)
-    assert experiments._run_stage(stage, False, None, experiments.Kernels(), print).code == 0
+    good = load_experiments(folder / "notebooks")["good"]
+    stage = stages.plan(good, "smoke", results=folder)
+    assert reproduce._run_stage(stage, False, math.inf, kernels.Kernels(), print).code == 0
 
 
 TINY = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "projector_hidden": 16, "projector_dim": 8, "epochs": 1,
@@ -161,18 +163,18 @@ CASES = [(work, True) for work in WRITERS] + [(work, False) for work in (a_run, 
 def stopped_clock(monkeypatch):
     """What a run and a batch write of hours and seconds is the same each time; so is the notebook's result."""
     clock = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0)
-    monkeypatch.setattr(pretraining, "time", clock)
-    monkeypatch.setattr(experiments, "time", clock)
-    monkeypatch.setattr(experiments, "_iso", str)
-    monkeypatch.setattr(experiments, "_provenance", lambda stage: {})
+    for module in (pretraining, reproduce):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(reproduce, "iso_time", str)
+    monkeypatch.setattr(reproduce, "stage_provenance", lambda stage: {})
     monkeypatch.setattr(runs, "provenance", dict)
 
-    def executed(kernels, notebook, target, *_):
+    def executed(self, path, target, *_):
         for name in ("log.txt", "good.ipynb", "good.html", "sum.md"):
             target.with_name(name).write_text(name * 100)
         return {}
 
-    monkeypatch.setattr(experiments.Kernels, "run", executed)
+    monkeypatch.setattr(kernels.Kernels, "run", executed)
 
 
 @pytest.mark.parametrize("work, earlier", CASES, ids=[f"{work.__name__}-{earlier}" for work, earlier in CASES])

@@ -22,6 +22,7 @@ from bagssl import data
 from bagssl.study import figures
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "bagssl").rglob("*.py"))
 FILES = ("pyproject.toml", "requirements.lock", "environment.yml")
 MACHINES = [
     {"sys_platform": system, "python_version": python, "python_full_version": f"{python}.0"}
@@ -29,7 +30,7 @@ MACHINES = [
 ]
 CONDA_NAMES = {"playwright": "playwright-python", "torch": "pytorch"}
 IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython", "sklearn": "scikit-learn"}
-CORE = ("data", "patches", "encoders", "objectives", "pretraining", "bags", "probes", "runs")
+CORE = ("data", "trees", "patches", "encoders", "objectives", "pretraining", "bags", "probes", "runs", "evaluation")
 NOTEBOOK_SOFTWARE = {
     *("IPython", "ipykernel", "ipywidgets", "jupyter", "jupyter_client", "jupyter_core", "jupyterlab"),
     *("matplotlib", "nbclient", "nbconvert", "nbformat", "pandas", "papermill", "seaborn"),
@@ -151,10 +152,10 @@ def imported(source: str) -> set[str]:
 
 def test_what_the_package_imports_is_declared():
     declared_names = {canonicalize_name(r.name) for r in declared(texts()["pyproject.toml"])["core"]}
-    for path in sorted((ROOT / "bagssl").glob("*.py")):
+    for path in MODULES:
         found = imported(path.read_text(encoding="utf-8"))
         undeclared = {canonicalize_name(IMPORT_NAMES.get(name, name)) for name in found} - declared_names
-        assert not undeclared, f"{path.name} imports what pyproject.toml does not declare"
+        assert not undeclared, f"{path} imports what pyproject.toml does not declare"
 
 
 UNSAFE = {"torch.load": "weights_only=True", "np.load": "allow_pickle=False", "numpy.load": "allow_pickle=False",
@@ -170,14 +171,15 @@ def unsafe(source: str) -> list[str]:
 
 
 def test_no_file_is_read_in_a_way_that_runs_it():
-    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "bagssl").glob("*.py")}
+    sources = {path: path.read_text(encoding="utf-8") for path in MODULES}
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         sources[path] = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert len(sources) > 30 and any("torch.load(" in source for source in sources.values())
     found = {path.name: calls for path, source in sources.items() if (calls := unsafe(source))}
-    assert list(found) == ["experiments.py"]  # where `--bare` runs the notebooks themselves, and nothing else
-    assert len(found["experiments.py"]) == 1 and found["experiments.py"][0].startswith("exec(compile(''.join(cell['source'])")
+    assert list(found) == ["notebook.py"]  # where `--bare` runs the notebooks themselves, and nothing else
+    (call,) = found["notebook.py"]
+    assert call.startswith("exec(compile(''.join(cell['source'])")
     assert unsafe("torch.load(path, weights_only=False)") and unsafe("pickle.load(stream)") and unsafe("np.load(x)")
     assert not unsafe("torch.load(path, weights_only=True)")
 
@@ -185,9 +187,8 @@ def test_no_file_is_read_in_a_way_that_runs_it():
 def test_every_promise_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
     assert len(named) > 60
-    missing = [f"{file}::{test}" for file, test in named
-               if f"def {test}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")]
-    assert not missing
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [f"{file}::{test}" for file, test in named if f"def {test}(" not in tests.get(file, "")] == []
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -207,11 +208,11 @@ def test_the_training_core_loads_no_notebook_software():
 def test_a_box_without_jupyter_can_train_measure_and_race():
     """All modules but the page of results: pandas, scikit-learn and seaborn will do."""
     absent = sorted(NOTEBOOK_SOFTWARE - {"matplotlib", "pandas", "seaborn"} | {"mistune"})
-    names = sorted(path.stem for path in (ROOT / "bagssl").glob("*.py") if path.stem not in ("__init__", "report"))
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES} - {"bagssl.batch.report"}
     without = f"sys.modules |= dict.fromkeys({absent})\n"
-    loaded_by(without + "\n".join(f"import bagssl.{name}" for name in names))
+    loaded_by(without + "\n".join(f"import {name}" for name in sorted(names)))
     with pytest.raises(AssertionError, match="import of nbconvert halted|import of mistune halted"):
-        loaded_by(f"{without}import bagssl.report")
+        loaded_by(f"{without}import bagssl.batch.report")
 
 
 def test_the_data_readme_states_the_checksums_that_are_true():

@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from bagssl import patches, probes
-from bagssl.study import attribution
 from bagssl.bags import embed_bags, patch_embeddings
 from bagssl.encoders import build_encoder
+from bagssl.study import attribution
 from bagssl.synthetic import generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

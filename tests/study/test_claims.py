@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bagssl.errors import InputError
 from bagssl.study import claims, comparison
 from bagssl.study.claims import CLAIMS, FAILS, HOLDS, MISSING, UNDECIDED, Condition
-from bagssl.errors import InputError
 
 
 def row(condition: Condition, shift: float, half: float = 0.0, dataset: str = "") -> dict:

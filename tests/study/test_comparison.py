@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from bagssl import data, evaluation, objectives
-from bagssl.study import comparison, figures
 from bagssl.bags import embed_bags
 from bagssl.data import load
 from bagssl.errors import InputError
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.pretraining import load_encoder, pretrain
 from bagssl.probes import knn
+from bagssl.study import comparison, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bagssl import cooccurrence as co
 from bagssl import intervals, synthetic
 from bagssl.errors import InputError
+from bagssl.study import cooccurrence as co
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from bagssl import patches, probes
-from bagssl.study import explore
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.errors import InputError
+from bagssl.study import explore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bagssl.study import figures
 from bagssl.errors import InputError
+from bagssl.study import figures
 
 
 def frame() -> pd.DataFrame:

@@ -10,8 +10,8 @@ from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 from bagssl import bags, patches
-from bagssl.study import figures, locality
 from bagssl.errors import InputError
+from bagssl.study import figures, locality
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,650 @@
+"""Trees and downloads: the same images give the same cache, wrong input one clear line with the cache as it was."""
+
+import hashlib
+import io
+import os
+import shutil
+import socket
+import tarfile
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bagssl import cli, data, trees
+from bagssl.errors import InputError
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def picture(seed, height=12, width=12):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def plant(tree, classes=CLASSES, train=3, test=2, height=12, width=12, suffix="png"):
+    """A class-folder tree of small pictures, all different."""
+    for s, (split, count) in enumerate({"train": train, "test": test}.items()):
+        for c, name in enumerate(classes):
+            (tree / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(picture([s, c, i], height, width))
+                image.save(tree / split / name / f"{i}.{suffix}")
+    return tree
+
+
+def contents(folder):
+    """The bytes of every file below a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return plant(tmp_path / "tree")
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def small_cifar(monkeypatch):
+    """cifar10 with 2 train images and 1 test image of each class."""
+    monkeypatch.setitem(data.CIFAR, "cifar10", (data.CIFAR["cifar10"][0], {"train": 2, "test": 1}))
+
+
+def test_a_tree_comes_back_pixel_by_pixel(tree, root):
+    line = trees.add("pets", tree, root=root)
+    assert "9 train and 6 test images of 12×12 px in 3 classes" in line
+    train, test = data.load("pets", "train", root), data.load("pets", "test", root)
+    assert train.pixels.shape == (9, 3, 12, 12) and train.pixels.dtype == torch.uint8 and len(test) == 6
+    assert train.classes == test.classes == CLASSES
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for c in range(3):
+        found = {image.permute(1, 2, 0).numpy().tobytes() for image in train.pixels[train.labels == c]}
+        assert found == {picture([0, c, i]).tobytes() for i in range(3)}
+
+
+def test_names_and_order_of_files_do_not_matter(tree, root, tmp_path):
+    trees.add("pets", tree, root=root)
+    for c in CLASSES:
+        files = sorted((tree / "train" / c).iterdir())
+        for i, file in enumerate(files):
+            file.rename(file.with_name(f"renamed-{len(files) - i}.png"))
+    trees.add("again", tree, root=root)
+    assert data.check("again", root) == data.check("pets", root)
+
+
+# What an image may be
+
+
+def one_image(path, root, size=None):
+    """The pixels [H, W, 3] that `add` makes of one file, put in place of every image of a small tree."""
+    tree = path.parent / "one"
+    for split in data.SPLITS:
+        for name in ("a", "b"):
+            (tree / split / name).mkdir(parents=True)
+            (tree / split / name / path.name).write_bytes(path.read_bytes())
+    trees.add("one", tree, size=size, root=root)
+    return data.load("one", "train", root).pixels[0].permute(1, 2, 0).numpy()
+
+
+def made_of(mode):
+    """An image of a mode, and the RGB that it stands for."""
+    rgb = Image.fromarray(picture(7))
+    grey = rgb.convert("L")
+    if mode == "I;16":
+        deep = np.asarray(grey).astype(np.uint16) * 257
+        return Image.fromarray(deep), grey.convert("RGB")
+    if mode == "P with transparency":
+        image = Image.fromarray(np.arange(144, dtype=np.uint8).reshape(12, 12) % 3, "P")
+        image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+        image.info["transparency"] = 0
+        colours = np.array([[255, 255, 255], [0, 255, 0], [0, 0, 255]], np.uint8)
+        return image, Image.fromarray(colours[np.arange(144).reshape(12, 12) % 3])
+    if mode == "RGBA":
+        image = rgb.convert("RGBA")
+        image.putalpha(0)
+        return image, Image.new("RGB", rgb.size, "white")
+    image = rgb.convert(mode)
+    return image, image.convert("RGB")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA", "I;16", "P with transparency"])
+def test_every_mode_becomes_rgb(mode, tmp_path, root):
+    image, expected = made_of(mode)
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path, **({"transparency": 0} if "with" in mode else {}))
+    np.testing.assert_array_equal(one_image(path, root), np.asarray(expected))
+
+
+def test_orientation_is_applied(tmp_path, root):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to view
+    Image.fromarray(picture(1, 8, 12)).save(tmp_path / "image.png", exif=exif)
+    np.testing.assert_array_equal(one_image(tmp_path / "image.png", root), np.rot90(picture(1, 8, 12), -1))
+
+
+def test_of_an_animation_the_first_picture_is_read(tmp_path, root):
+    first, *others = (Image.fromarray(picture(seed)).convert("L") for seed in range(3))
+    first.save(tmp_path / "image.gif", save_all=True, append_images=others)
+    with Image.open(tmp_path / "image.gif") as image:
+        assert image.n_frames == 3
+    np.testing.assert_array_equal(one_image(tmp_path / "image.gif", root), np.asarray(first.convert("RGB")))
+
+
+def test_one_pixel_is_an_image(tmp_path, root):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "image.png")
+    assert one_image(tmp_path / "image.png", root).tolist() == [[[1, 2, 3]]]
+    assert "nothing to do" not in trees.add("one-of-eight", tmp_path / "one", size=8, root=root)
+    pixels = data.load("one-of-eight", "test", root).pixels
+    assert pixels.shape == (2, 3, 8, 8) and (pixels == torch.tensor([1, 2, 3]).view(3, 1, 1)).all()
+
+
+@pytest.mark.parametrize("height, width", [(40, 20), (20, 40), (20, 20)])
+def test_size_takes_the_centred_square_antialiased(height, width, tmp_path, root):
+    """Stripes one pixel wide become even grey, and of the red ends nothing is left but the kernel's reach."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, ::2] = 200
+    top, left = (height - 20) // 2, (width - 20) // 2
+    ends = np.ones((height, width), bool)
+    ends[top : top + 20, left : left + 20] = False
+    pixels[ends] = (255, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    small = one_image(tmp_path / "image.png", root, size=10).astype(int)
+    assert small.shape == (10, 10, 3)
+    assert np.abs(small[2:-2, 2:-2] - 100).max() <= 2
+    assert np.ptp(small, axis=2).mean() < 20
+
+
+def test_size_of_the_image_itself_changes_nothing(tmp_path, root):
+    Image.fromarray(picture(3)).save(tmp_path / "image.png")
+    np.testing.assert_array_equal(one_image(tmp_path / "image.png", root, size=12), picture(3))
+
+
+def test_size_brings_mixed_sizes_to_one(tree, root):
+    Image.fromarray(picture(9, 30, 20)).save(tree / "test" / "owl" / "large.jpg")
+    trees.add("pets", tree, size=8, root=root)
+    assert data.load("pets", "test", root).pixels.shape == (7, 3, 8, 8)
+
+
+def test_what_file_managers_leave_behind_is_no_image(tree, root):
+    trees.add("pets", tree, root=root)
+    for path in (tree / ".DS_Store", tree / "train" / ".DS_Store", tree / "train" / "cat" / "Thumbs.db"):
+        path.write_bytes(b"junk")
+    assert "nothing to do" in trees.add("pets", tree, root=root)
+
+
+def test_any_name_of_a_folder_or_file_will_do(tmp_path, monkeypatch, capsys):
+    """Spaces, quotes, line breaks, wildcards, and in the tree bytes that are no text."""
+    names = sorted(["a b", "Zoë's \"pets\"", "new\nline", "*[a]", "-n", os.fsdecode(b"\xff\xfe")])
+    tree = tmp_path / os.fsdecode(b"of \xff\nto day")
+    plant(tree, names, suffix=os.fsdecode(b"\xff\n.png"))
+    monkeypatch.setenv("BAGSSL_DATA", str(tmp_path.joinpath(*names[:-1])))
+    assert len(trees.add("pets", tree).encode().splitlines()) == 1
+    assert data.load("pets", "test").classes == tuple(names) and data.check("pets")
+    assert cli.main(["data", "list"]) == 0
+    assert len(capsys.readouterr().out.encode().splitlines()) == 1 + len(data.names())
+    (tree / "train" / names[0] / os.fsdecode(b"\xfe\n.png")).write_bytes(b"")
+    assert cli.main(["data", "add", "more", str(tree)]) == 2
+    assert len(capsys.readouterr().err.encode().splitlines()) == 1
+
+
+def test_links_inside_the_tree_are_followed(tree, root):
+    (tree / "test" / "cat" / "link.png").symlink_to(tree / "train" / "cat" / "0.png")
+    trees.add("pets", tree, root=root)
+    assert len(data.load("pets", "test", root)) == 7
+
+
+# What is wrong: how the tree is spoilt, and what the line says
+
+
+def no_tree(tree):
+    return {"path": tree / "nowhere"}, "nowhere is not a folder"
+
+
+def a_file_for_a_tree(tree):
+    (tree / "x.tar").write_bytes(b"")
+    return {"path": tree / "x.tar"}, "x.tar is not a folder"
+
+
+def no_test_split(tree):
+    (tree / "test").rename(tree / "val")
+    return {}, "has no folder test"
+
+
+def empty_tree(tree):
+    for split in data.SPLITS:
+        (tree / split).rename(tree / f"old-{split}")
+        (tree / split).mkdir()
+    return {}, "fewer than two class folders, 0"
+
+
+def one_class(tree):
+    for split in data.SPLITS:
+        for name in ("dog", "owl"):
+            (tree / split / name).rename(tree / f"{split}-{name}")
+    return {}, "fewer than two class folders, 1"
+
+
+def class_missing_in_test(tree):
+    (tree / "test" / "dog").rename(tree / "dog")
+    return {}, "the class 'dog' is in"
+
+
+def class_missing_in_train(tree):
+    (tree / "train" / "owl").rename(tree / "owl")
+    return {}, "the class 'owl' is in"
+
+
+def empty_class(tree):
+    for file in (tree / "test" / "cat").iterdir():
+        file.unlink()
+    return {}, "cat has no images"
+
+
+def image_outside_the_classes(tree):
+    (tree / "train" / "cat" / "0.png").rename(tree / "train" / "0.png")
+    return {}, "0.png lies outside the class folders"
+
+
+def folder_in_a_class(tree):
+    (tree / "train" / "cat" / "more").mkdir()
+    return {}, "more is no file"
+
+
+def text_file(tree):
+    (tree / "train" / "cat" / "labels.txt").write_text("0.png cat")
+    return {}, "labels.txt cannot be read as an image"
+
+
+def empty_image(tree):
+    (tree / "train" / "cat" / "1.png").write_bytes(b"")
+    return {}, "1.png cannot be read as an image"
+
+
+def truncated_image(tree):
+    path = tree / "test" / "owl" / "1.png"
+    path.write_bytes(path.read_bytes()[:200])
+    return {}, "1.png cannot be read as an image"
+
+
+def damaged_image(tree):
+    path = tree / "test" / "owl" / "1.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    return {}, "1.png cannot be read as an image"
+
+
+def truncated_jpeg(tree):
+    path = tree / "test" / "owl" / "1.jpg"
+    Image.fromarray(picture(1)).save(path)
+    path.write_bytes(path.read_bytes()[:-60])
+    return {}, "1.jpg cannot be read as an image"
+
+
+def several_that_are_no_images(tree):
+    for place in ("train/cat/notes.txt", "train/dog/1.png", "test/owl/1.png"):
+        (tree / place).write_bytes(b"no picture")
+    return {}, r"notes.txt cannot be read as an image .*, nor can 2 more \(train/dog/1.png, test/owl/1.png\): replace or remove them$"
+
+
+def floating_point_image(tree):
+    Image.fromarray(np.zeros((12, 12), np.float32)).save(tree / "train" / "cat" / "depth.tif")
+    return {}, "its pixels have 32 bits"
+
+
+def decompression_bomb(tree):
+    Image.new("1", (11_000, 11_000)).save(tree / "train" / "cat" / "bomb.png")
+    return {}, "bomb.png cannot be read as an image"
+
+
+def mixed_sizes(tree):
+    Image.fromarray(picture(1, 12, 16)).save(tree / "test" / "owl" / "wide.png")
+    return {}, "12×12 px and .*wide.png with 16×12 px: give --size"
+
+
+def link_out_of_the_tree(tree):
+    outside = tree.parent / "secret.png"
+    Image.fromarray(picture(1)).save(outside)
+    (tree / "train" / "cat" / "link.png").symlink_to(outside)
+    return {}, "link.png links out of the tree"
+
+
+def folder_link_out_of_the_tree(tree):
+    (tree / "test" / "owl").rename(tree.parent / "owl")
+    (tree / "test" / "owl").symlink_to(tree.parent / "owl")
+    return {}, "owl links out of the tree"
+
+
+def split_link_out_of_the_tree(tree):
+    (tree / "test").rename(tree.parent / "test")
+    (tree / "test").symlink_to(tree.parent / "test")
+    return {}, "test links out of the tree"
+
+
+def dangling_link(tree):
+    (tree / "test" / "owl" / "gone.png").symlink_to(tree / "nowhere.png")
+    return {}, "gone.png is no file"
+
+
+def link_to_itself(tree):
+    (tree / "test" / "owl" / "loop.png").symlink_to(tree / "test" / "owl" / "loop.png")
+    return {}, "loop.png is no file"
+
+
+def name_with_a_line_break(tree):
+    (tree / "train" / "cat" / "a\nb.png").write_bytes(b"")
+    return {}, "a b.png cannot be read"
+
+
+def name_in_capitals(tree):
+    return {"name": "Pets"}, "'Pets' cannot name a dataset"
+
+
+def name_that_is_a_path(tree):
+    return {"name": "../pets"}, "cannot name a dataset"
+
+
+def empty_name(tree):
+    return {"name": ""}, "cannot name a dataset"
+
+
+def name_with_a_line_break_at_its_end(tree):
+    return {"name": "pets\n"}, "cannot name a dataset"
+
+
+def reserved_name(tree):
+    return {"name": "synthetic"}, "belongs to embedded data"
+
+
+def size_of_nothing(tree):
+    return {"size": 0}, "--size is 0"
+
+
+def size_beyond_reason(tree):
+    return {"size": 100_000}, "--size is 100000"
+
+
+def size_in_words(tree):
+    return {"size": "64"}, "--size is '64'"
+
+
+def other_content(tree):
+    Image.fromarray(picture(99)).save(tree / "test" / "owl" / "new.png")
+    return {}, "holds other images: .*--force"
+
+
+def cifar_of_other_classes(tree):
+    return {"name": "cifar10"}, "cifar10 has 10 classes"
+
+
+def cifar_of_another_size(tree):
+    return {"name": "cifar10", "size": 64}, "cifar10 has images of 32×32 px"
+
+
+ACTS = [
+    no_tree, a_file_for_a_tree, no_test_split, empty_tree, one_class, class_missing_in_test,
+    class_missing_in_train, empty_class, image_outside_the_classes, folder_in_a_class, text_file,
+    empty_image, truncated_image, damaged_image, truncated_jpeg, several_that_are_no_images, floating_point_image, decompression_bomb,
+    mixed_sizes, link_out_of_the_tree, folder_link_out_of_the_tree, split_link_out_of_the_tree,
+    dangling_link, link_to_itself, name_with_a_line_break, name_in_capitals, name_that_is_a_path,
+    empty_name, name_with_a_line_break_at_its_end, reserved_name, size_of_nothing, size_beyond_reason,
+    size_in_words, other_content, cifar_of_other_classes, cifar_of_another_size,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
+def test_wrong_input_is_one_line_and_leaves_the_cache(act, tree, root):
+    trees.add("pets", tree, root=root)
+    before = contents(root)
+    changes, message = act(tree)
+    with pytest.raises(InputError, match=message) as caught:
+        trees.add(**{"name": "pets", "path": tree, "root": root} | changes)
+    assert "\n" not in str(caught.value)
+    assert contents(root) == before
+
+
+def test_the_same_content_twice_changes_nothing(tree, root):
+    trees.add("pets", tree, root=root)
+    before, inode = contents(root), (root / "pets.safetensors").stat().st_ino
+    assert "nothing to do" in trees.add("pets", tree, root=root)
+    assert contents(root) == before and (root / "pets.safetensors").stat().st_ino == inode
+
+
+def test_force_replaces_other_content(tree, root):
+    trees.add("pets", tree, root=root)
+    other_content(tree)
+    trees.add("pets", tree, root=root, force=True)
+    assert len(data.load("pets", "test", root)) == 7
+
+
+def test_an_interrupt_leaves_the_cache(tree, root, monkeypatch):
+    trees.add("pets", tree, root=root)
+    before = contents(root)
+    other_content(tree)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for name in ("save", "_canonical"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(trees, name, interrupt)
+            trees.add("pets", tree, root=root, force=True)
+        assert contents(root) == before
+
+
+def test_a_full_disk_is_one_line(tree, root, monkeypatch):
+    def full(tensors, metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trees, "save", full)
+    with pytest.raises(InputError, match="cannot be written .*No space left"):
+        trees.add("pets", tree, root=root)
+    assert contents(root) == {}
+
+
+# CIFAR
+
+
+def served(name, split, folder):
+    """What the archive holds: the pictures that `plant` saves, in another order."""
+    s, count = (0, 2) if split == "train" else (1, 1)
+    keys = [(s, c, i) for i in reversed(range(count)) for c in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    pixels = np.stack([picture(list(key), 32, 32) for key in keys]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(pixels.copy()), torch.tensor([c for _, c, _ in keys])
+
+
+def test_get_and_add_give_the_same_data(small_cifar, tmp_path, root, monkeypatch):
+    monkeypatch.setattr(trees, "_download", served)
+    assert "20 train and 10 test images of 32×32 px" in trees.get("cifar10", root)
+    assert [path.name for path in root.iterdir()] == ["cifar10.safetensors"]
+    tree = plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32)
+    assert "nothing to do" in trees.add("cifar10", tree, root=root)
+    trees.add("cifar10", tree, root=tmp_path / "other")
+    assert data.check("cifar10", tmp_path / "other") == data.check("cifar10", root)
+
+
+def test_get_leaves_a_sound_cache_alone(small_cifar, tmp_path, root, monkeypatch):
+    trees.add("cifar10", plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
+    monkeypatch.setattr(trees, "_download", lambda *_: pytest.fail("downloaded"))
+    assert "nothing to do" in trees.get("cifar10", root)
+
+
+@pytest.mark.parametrize("failure", [OSError("Network is unreachable"), RuntimeError("File corrupted.")])
+def test_get_offline_names_the_other_way(failure, small_cifar, tmp_path, root, monkeypatch):
+    trees.add("cifar10", plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
+    before = contents(root)
+
+    def fail(name, split, folder):
+        (tmp_path / "data").joinpath(folder, "half.tar.gz").write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(trees, "_download", fail)
+    with pytest.raises(InputError, match="bagssl data add cifar10 PATH") as caught:
+        trees.get("cifar10", root, force=True)
+    assert "\n" not in str(caught.value) and contents(root) == before
+
+
+def test_a_silent_server_is_left_after_the_timeout(root, monkeypatch):
+    """torchvision's own downloader against a socket that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(trees, "DOWNLOAD_TIMEOUT", 0.2)
+        monkeypatch.setattr(
+            "torchvision.datasets.CIFAR10.url", f"http://127.0.0.1:{server.getsockname()[1]}/c"
+        )
+        for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.delenv(proxy, raising=False)
+        with pytest.raises(InputError, match="could not be downloaded .*timed out"):
+            trees.get("cifar10", root)
+    assert socket.getdefaulttimeout() is None and list(root.iterdir()) == []
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """A server that answers whatever it is asked for with `site.answer(request)`, and counts; cifar10 is there."""
+    class Request(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked += 1
+            server.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Request) as server:
+        server.asked, server.where = 0, f"http://127.0.0.1:{server.server_port}"
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        for proxy in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(proxy, raising=False)
+            monkeypatch.delenv(proxy.upper(), raising=False)
+        monkeypatch.setattr("urllib.request._opener", None)  # which would remember the proxies of an earlier request
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"{server.where}/cifar-10-python.tar.gz")
+        yield server
+        server.shutdown()
+
+
+def answer(content, length=None, code=200):
+    def send(request):
+        request.send_response(code)
+        request.send_header("Content-Length", str(length or len(content)))
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(content)
+
+    return send
+
+
+def archive(**what):
+    """A tar.gz with one member; `what` changes its header."""
+    member, stream = tarfile.TarInfo("cifar-10-batches-py/data_batch_1"), io.BytesIO()
+    content = what.pop("content", b"")
+    for name, value in {"size": len(content), **what}.items():
+        setattr(member, name, value)
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+ANSWERS = {
+    "a page in place of the data": answer(b"<html>Please log in</html>"),
+    "the page of a proxy": answer(b"<html>Please log in</html>"),
+    "an error": answer(b"gone", code=404),
+    "a truncated archive": answer(archive(content=os.urandom(5000))[:2000], 170_498_071),
+    "another archive": answer(archive(content=b"other")),
+    "a path out of the tree": answer(archive(name="../../escaped", content=b"x")),
+    "an absolute path": answer(archive(name="/tmp/bagssl-escaped", content=b"x")),
+    "a symbolic link": answer(archive(name="escaped", type=tarfile.SYMTYPE, linkname="/etc/passwd")),
+    "a hard link": answer(archive(name="escaped", type=tarfile.LNKTYPE, linkname="../../../etc/passwd")),
+    "a device": answer(archive(name="escaped", type=tarfile.CHRTYPE, devmajor=1, devminor=3)),
+    "a decompression bomb": answer(archive(content=bytes(30_000_000))),
+}
+
+
+@pytest.mark.parametrize("sent", ANSWERS)
+def test_what_is_not_the_published_archive_is_never_opened(sent, site, tmp_path, root, monkeypatch):
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("opened"))
+    if sent == "the page of a proxy":
+        monkeypatch.setenv("http_proxy", site.where)
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://data.invalid/cifar-10-python.tar.gz")
+    site.answer = ANSWERS[sent]
+    with pytest.raises(InputError, match="could not be downloaded .*bagssl data add cifar10 PATH") as caught:
+        trees.get("cifar10", root)
+    assert site.asked and "\n" not in str(caught.value)
+    assert [path for path in tmp_path.rglob("*") if path != root] == []
+    assert not os.path.exists("/tmp/bagssl-escaped")
+
+
+def test_the_published_archive_would_be_opened(site, root, monkeypatch):
+    """Negative control: with the checksum that was asked for, it is read."""
+    content, opened = archive(content=b"x"), []
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.tgz_md5", hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(tarfile, "open", lambda path, *_: opened.append(path) or (_ for _ in ()).throw(OSError("enough")))
+    site.answer = answer(content)
+    with pytest.raises(InputError, match="enough"):
+        trees.get("cifar10", root)
+    assert len(opened) == 1
+
+
+def test_without_a_network_the_other_way_is_named(root, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"http://127.0.0.1:{port}/c")  # nobody listens now
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(InputError, match="could not be downloaded .*refused.*bagssl data add cifar10 PATH"):
+        trees.get("cifar10", root)
+    assert list(root.iterdir()) == []
+
+
+def test_archives_of_downloads_that_were_killed_go_after_a_day(root, monkeypatch):
+    """A killed process cannot tidy up; the next download may be going on beside this one."""
+    def killed(name, split, folder):
+        (Path(folder) / "half.tar.gz").write_bytes(b"half")
+        left.append(shutil.copytree(folder, f"{folder[:-4]}x.tmp"))
+        raise OSError("no network")
+
+    left = []
+    monkeypatch.setattr(trees, "_download", killed)
+    for _ in range(2):
+        with pytest.raises(InputError):
+            trees.get("cifar10", root)
+    assert sorted(map(str, root.iterdir())) == sorted(left) and len(left) == 2
+    os.utime(left[0], (time.time() - 2 * 86_400,) * 2)
+    with pytest.raises(InputError):
+        trees.get("cifar10", root)
+    assert sorted(map(str, root.iterdir())) == sorted(left[1:])
+
+
+def test_get_knows_no_other_download(root):
+    with pytest.raises(InputError, match="only cifar10 and cifar100 can be downloaded"):
+        trees.get("imagenet", root)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        (
+            {"train": 1, "test": 1, "height": 32, "width": 32},
+            "2 train images of each class, this tree 1 of 'airpl",
+        ),
+        (
+            {"train": 2, "test": 2, "height": 32, "width": 32},
+            "1 test images of each class, this tree 2 of 'airpl",
+        ),
+        ({"train": 2, "test": 1, "height": 24, "width": 24}, "cifar10 has images of 32×32 px"),
+    ],
+)
+def test_a_part_of_cifar_is_not_cifar(shape, message, small_cifar, tmp_path, root):
+    tree = plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], **shape)
+    with pytest.raises(InputError, match=f"{message}.*another name"):
+        trees.add("cifar10", tree, root=root)
+    assert not root.exists()
+    trees.add("cifar10-part", tree, root=root)
