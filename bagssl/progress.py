@@ -20,8 +20,8 @@ def progress_bar(total: int, done: int, label: str, enabled: bool = True) -> Ite
     elif in_notebook():
         yield from _in_notebook(total, done, label)
     else:
-        bar = tqdm(total=total, initial=done, desc=label, unit=" crops", unit_scale=True, dynamic_ncols=True, leave=False,
-                   mininterval=0.5, disable=None)  # fmt: skip
+        bar = tqdm(total=total, initial=done, desc=label, unit=" crops", unit_scale=True, dynamic_ncols=True,
+                   leave=False, mininterval=0.5, disable=None)  # fmt: skip
 
         def update(done: int, note: str = "") -> None:
             bar.set_postfix_str(note, refresh=False)
@@ -38,10 +38,7 @@ def notice(text: str) -> Iterator[None]:
         print(text, file=sys.stderr, flush=True)
         yield
         return
-    from IPython.display import display
-
-    content = {"text/plain": text, "text/html": f"<code>{text}</code>"}
-    handle = display(content, raw=True, display_id=True)
+    handle = _display({"text/plain": text, "text/html": f"<code>{text}</code>"})
     _show_in_terminal(text)
     try:
         yield
@@ -57,17 +54,13 @@ def in_notebook() -> bool:
 
 
 def _in_notebook(total: int, already: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    from IPython.display import display
-
     def line(done: int, note: str) -> dict[str, str]:
         share = done / total
         text = f"{label}  {share:4.0%}  {note}"
-        return {
-            "text/plain": text,
-            "text/html": f'<progress value="{share:.3f}" max="1"></progress> <code>{text}</code>',
-        }
+        bar = f'<progress value="{share:.3f}" max="1"></progress>'
+        return {"text/plain": text, "text/html": f"{bar} <code>{text}</code>"}
 
-    handle = display(line(already, ""), raw=True, display_id=True)
+    handle = _display(line(already, ""))
     shown = started = time.monotonic()
 
     def update(done: int, note: str = "") -> None:
@@ -87,6 +80,11 @@ def _in_notebook(total: int, already: int, label: str) -> Iterator[Callable[[int
 
 
 _NOTHING = {"text/plain": "", "text/html": ""}
+
+
+def _display(content: dict[str, str]):
+    """Show content, and give a handle to change it: by the kernel's own IPython, which is never imported for this."""
+    return sys.modules["IPython.display"].display(content, raw=True, display_id=True)
 
 
 def _show_in_terminal(text: str) -> None:

@@ -1,0 +1,137 @@
+"""The house: imports point down, never in a circle; the method needs no notebook software; nothing is too long."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_setup import NOTEBOOK_SOFTWARE, ROOT
+
+STOREYS = ("method", "study", "batch", "bench", "cli")  # an import points to the left
+LONGEST_FUNCTION, LONGEST_FILE = 60, 450  # lines
+
+
+@dataclass(frozen=True)
+class Room:
+    """A module: its name (`bagssl.study.claims`), its source, and the modules that it imports, wherever in it."""
+
+    name: str
+    source: str
+    imports: frozenset[str]
+
+    @property
+    def storey(self) -> int:
+        return storey(self.name)
+
+
+def storey(name: str) -> int:
+    part = name.split(".")[1]
+    return STOREYS.index(part) if part in STOREYS else 0
+
+
+def house(root: Path) -> dict[str, Room]:
+    """All modules of root/bagssl by name, but bagssl itself, which any of them may ask for its version."""
+    sources = {}
+    for path in sorted((root / "bagssl").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        sources[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    return {name: Room(name, text, frozenset(imported(name, text, sources)))
+            for name, text in sources.items() if name != "bagssl"}  # fmt: skip
+
+
+def imported(name: str, source: str, known: dict[str, str]) -> Iterator[str]:
+    """The modules that a module imports: of `known` by their full name, of others as they are written."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = name.split(".")[: -node.level] if node.level else []
+            module = ".".join([*start, *(node.module or "").split(".")]).rstrip(".")
+            yield from (full if (full := f"{module}.{alias.name}") in known else module for alias in node.names)
+
+
+def upwards(rooms: dict[str, Room]) -> list[str]:
+    return [f"{room.name} imports {other}" for room in rooms.values() for other in sorted(room.imports)
+            if other in rooms and storey(other) > room.storey]  # fmt: skip
+
+
+def circles(rooms: dict[str, Room]) -> list[str]:
+    """What is left when rooms that import nothing which is left are taken away, again and again."""
+    left = set(rooms)
+    while free := {name for name in left if not rooms[name].imports & left}:
+        left -= free
+    return [f"{name} imports {other}" for name in sorted(left) for other in sorted(rooms[name].imports & left)]
+
+
+def notebook_software(rooms: dict[str, Room]) -> list[str]:
+    """In the method: what a box that only trains does not have."""
+    return [f"{room.name} imports {other}" for room in rooms.values() for other in sorted(room.imports)
+            if room.storey == 0 and other.split(".")[0] in NOTEBOOK_SOFTWARE]  # fmt: skip
+
+
+def long_functions(rooms: dict[str, Room]) -> list[str]:
+    """In the method."""
+    return [f"{room.name}.{node.name} has {lines} lines" for room in rooms.values() if room.storey == 0
+            for node in ast.walk(ast.parse(room.source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if (lines := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION]  # fmt: skip
+
+
+def long_files(rooms: dict[str, Room]) -> list[str]:
+    return [f"{room.name} has {lines} lines" for room in rooms.values()
+            if (lines := len(room.source.splitlines())) > LONGEST_FILE]  # fmt: skip
+
+
+RULES = [upwards, circles, notebook_software, long_functions, long_files]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps_the_rule(rule):
+    rooms = house(ROOT)
+    assert len(rooms) > 30 and "bagssl.study.claims" in rooms["bagssl.batch.report"].imports
+    assert rule(rooms) == []
+
+
+def function(lines: int) -> str:
+    return "\n".join(["def long():", *["    pass"] * (lines - 1)])
+
+
+SOUND = {"data.py": "import torch\nfrom bagssl import __version__", "study/__init__.py": "",
+         "study/figures.py": "import pandas\nimport bagssl.data", "bench.py": "from .batch.report import page",
+         "batch/report.py": f"def page():\n    from ..study import figures, __doc__\n{function(61)}",
+         "cli.py": "from bagssl import batch, data",
+         "probes.py": f"from bagssl.data import SPLITS\n{function(60)}", "claims.py": "pass\n" * 450}  # fmt: skip
+LEANING = [
+    (upwards, {"patches.py": "from bagssl import data, study"}, "patches imports bagssl.study"),
+    (upwards, {"patches.py": "def f():\n    from bagssl.study import figures"}, "patches imports bagssl.study.figures"),
+    (upwards, {"study/claims.py": "from ..batch import report"}, "study.claims imports bagssl.batch.report"),
+    (upwards, {"batch/stages.py": "import bagssl.bench as b"}, "batch.stages imports bagssl.bench"),
+    (upwards, {"bench.py": "if 0:\n    from .cli import main"}, "bench imports bagssl.cli"),
+    (circles, {"data.py": "def f():\n    from .probes import g"}, "data imports bagssl.probes"),
+    (circles, {"study/a.py": "from . import b", "study/b.py": "import bagssl.study.c",
+               "study/c.py": "from .a import x"}, "study.c imports bagssl.study.a"),
+    (circles, {"data.py": "import bagssl.data"}, "data imports bagssl.data"),
+    (notebook_software, {"data.py": "import torch, pandas as pd"}, "data imports pandas"),
+    (notebook_software, {"data.py": "def f():\n    from IPython.display import SVG"}, "data imports IPython.display"),
+    (notebook_software, {"probes.py": "try:\n    import matplotlib.pyplot\nexcept ImportError:\n    pass"},
+     "probes imports matplotlib.pyplot"),
+    (long_functions, {"data.py": function(61)}, "data.long has 61 lines"),
+    (long_functions, {"data.py": "class A:\n" + "\n".join(f"    {line}" for line in function(61).splitlines())},
+     "data.long has 61 lines"),
+    (long_files, {"study/figures.py": "pass\n" * 451}, "study.figures has 451 lines"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule, files, fault", LEANING)
+def test_a_house_that_leans_is_seen(rule, files, fault, tmp_path):
+    for folder, content in (("sound", SOUND), ("leaning", SOUND | files)):
+        for name, source in content.items():
+            path = tmp_path / folder / "bagssl" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(source, encoding="utf-8")
+    sound, leaning = (house(tmp_path / folder) for folder in ("sound", "leaning"))
+    assert [each(sound) for each in RULES] == [[]] * len(RULES)
+    assert f"bagssl.{fault}" in rule(leaning)
+    assert [each.__name__ for each in RULES if each(leaning)] == [rule.__name__]
