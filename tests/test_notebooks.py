@@ -79,3 +79,10 @@ def test_every_figure_has_a_caption(notebook):
         after = itertools.takewhile(lambda cell: "save_figure(" not in cell.source, cells[index + 1 :])
         caption = re.compile(r"\A\*[^*]|Markdown\(f?\"\*[^*]")
         assert any(caption.search(cell.source) for cell in after), cells[index].source
+
+
+def test_every_notebook_checks_its_parameters_first(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].metadata.tags == ["parameters"] and "check_parameters(globals())" in code[1].source
+    assert code[-1].source.startswith("figures.Table(comparison.provenance(")
+    assert code[-1].source.endswith(", parameters))")

@@ -18,6 +18,7 @@ from pathlib import Path
 from bagssl.batch.stages import read_record
 
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
+KERNEL_KILLED, PROCESS_KILLED = "DeadKernelError", "DeadProcess"  # the enames of what was killed, or out of memory
 
 # The kernel's own to set, or ours: MPLBACKEND would unplug inline plots.
 _OURS = {"MPLBACKEND", "BAGSSL_OUTPUT", "BAGSSL_DEADLINE", "BAGSSL_PROGRESS"}
@@ -31,10 +32,11 @@ class Board:
         self.now: dict[str, str] = {}
         self.said = time.monotonic()
 
-    def say(self, text: str, *, error: bool = False) -> None:
+    def say(self, text: str, *, title: str = "", error: bool = False) -> None:
+        line = " ".join(f"{title}{text}".splitlines())  # a path may hold line breaks
         with self.lock:
             print("\r\033[K" if self.terminal else "", end="", flush=True)
-            print(*text.splitlines(), file=sys.stderr if error else sys.stdout, flush=True)  # a path may hold line breaks
+            print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
     def show(self, now: dict[str, str]) -> None:
         """now: experiment -> what it does."""
@@ -48,7 +50,12 @@ class Board:
 
 
 class Kernels:
-    """The notebooks that run now, each in a process of its own, so that one Ctrl-C ends them all."""
+    """The notebooks that run now, each in a process of its own, so that one Ctrl-C ends them all.
+
+    Between the batch and a kernel stands the process that executes the notebook (notebook.py). Whichever of the two is
+    killed is noticed and said: KERNEL_KILLED by that process, which then writes it into error.json; and in `run`, when
+    that process itself ends without a word, PROCESS_KILLED.
+    """
 
     def __init__(self) -> None:
         self.live: dict[subprocess.Popen, Path] = {}  # process -> the notebook it writes
@@ -57,25 +64,28 @@ class Kernels:
         self.stopping = False
 
     def run(self, notebook: Path, target: Path, parameters: Mapping, environment: Mapping[str, str]) -> dict:
-        """Execute `notebook` into `target`, HTML and log.txt beside it; the error's {ename, evalue, cell}."""
-        error, log = target.with_name("error.json"), target.with_name("log.txt")
+        """Execute `notebook` into `target`, HTML and log.txt beside it.
+
+        parameters: to inject. environment: variables for the kernel, beside those of this process. Returns the error
+        that ended it, {ename, evalue, cell}, or {} when it ran to its end.
+        """
+        error, progress = target.with_name("error.json"), target.with_name("progress.txt")
         package = str(Path(__file__).resolve().parents[2])
-        everything = {
+        environment = {
             **{name: value for name, value in os.environ.items() if name not in _OURS},
             "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-            "PYTHONUNBUFFERED": "1",
-            "BAGSSL_PROGRESS": str(target.with_name("progress.txt").resolve()),
-            **environment,
-        }
+            "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()), **environment,
+        }  # fmt: skip
         with self.lock:
             if self.stopping:
                 return {"ename": "KeyboardInterrupt", "evalue": "not started"}
             process = subprocess.Popen(
-                [sys.executable, "-m", "bagssl.batch.notebook", str(notebook), str(target)], env=everything,
+                [sys.executable, "-m", "bagssl.batch.notebook", str(notebook), str(target)], env=environment,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
                 errors="replace", start_new_session=True)
             self.live[process] = target
         try:
+            log = target.with_name("log.txt")
             with contextlib.suppress(BrokenPipeError), open(log, "w", encoding="utf-8") as stream:
                 process.stdin.write(json.dumps(dict(parameters)) + "\n")
                 process.stdin.flush()  # and left open: its end tells the process that this one is gone
@@ -91,22 +101,22 @@ class Kernels:
                 process.stdin.close()
             with self.lock:
                 del self.live[process]
-        found = read_record(error)
-        for path in (error, target.with_name("progress.txt")):
+        record = read_record(error)
+        for path in (error, progress):
             path.unlink(missing_ok=True)
-        if process.returncode and not found:
-            return {"ename": "DeadProcess", "evalue": f"it ended with {process.returncode}; see {log.name}"}
-        return found
+        if process.returncode and not record:
+            return {"ename": PROCESS_KILLED, "evalue": f"it ended with {process.returncode}; see log.txt"}
+        return record
 
     def now(self) -> dict[str, str]:
         """Notebook -> its cell, and what the kernel wrote into $BAGSSL_PROGRESS."""
-        found = {}
+        lines = {}
         for target in list(self.live.values()):
             note = ""
             with contextlib.suppress(OSError):
                 note = target.with_name("progress.txt").read_text(encoding="utf-8").strip()
-            found[target.stem] = f"{self.cells.get(target, 'kernel starts')}  {note}".rstrip()
-        return found
+            lines[target.stem] = f"{self.cells.get(target, 'kernel starts')}  {note}".rstrip()
+        return lines
 
     def stop(self, grace: float = GRACE) -> None:
         """Interrupt the running cells, as JupyterLab's stop button does; kill what lives after `grace`."""
@@ -133,6 +143,7 @@ class Kernels:
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt, in the main thread; in others nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from bagssl.batch.kernels import KERNEL_KILLED
 from bagssl.batch.stages import write_record
 from bagssl.parameters import notebook_cells
 from bagssl.paths import write_atomically
 
 
 def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Execute by papermill and write the normalised notebook and its HTML; the error, or {}."""
+    """Execute by papermill and write the normalised notebook and its HTML; the error {ename, evalue, cell}, or {}."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -32,7 +33,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
     except papermill.PapermillExecutionError as error:
         return {"ename": error.ename, "evalue": error.evalue, "cell": error.exec_count}
     except DeadKernelError:
-        return {"ename": "DeadKernelError", "evalue": "the kernel died: killed, or out of memory"}
+        return {"ename": KERNEL_KILLED, "evalue": "the kernel died: killed, or out of memory"}
     code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
     if any(cell.execution_count is None or _has_error(cell) for cell in code):  # papermill passes SystemExit
         return {"ename": "SystemExit", "evalue": "the notebook ended before its last cell"}
@@ -93,12 +94,15 @@ def error_line(error: Mapping[str, Any]) -> str:
 
 
 def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """The code of a notebook as one script; what would be shown is not."""
+    """Execute the code of a notebook as one script, which needs no Jupyter; what would be shown is not.
+
+    parameters: in the place of the notebook's own. Raises what a cell raises, from a frame that names the cell.
+    """
     import matplotlib.pyplot
 
     matplotlib.use("Agg")
 
-    def nothing(*what: Any, **how: Any) -> None: ...
+    def nothing(*words: Any, **options: Any) -> None: ...
 
     shown = types.ModuleType("IPython.display")
     vars(shown).update(dict.fromkeys(("display", "HTML", "Image", "Markdown", "SVG"), nothing))

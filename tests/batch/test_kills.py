@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from bagssl import runs
-from bagssl.batch import experiments
+from bagssl.batch import stages
+from bagssl.batch.experiments import load_experiments
 from bagssl.errors import InputError
 
 PARAMETERS = "seed: int = 0\n"
@@ -26,19 +27,23 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from pathlib import Path
 from bagssl import data, pretraining
-from bagssl.study import figures
+from bagssl.config import PretrainConfig
 from bagssl.evaluation import evaluate
+from bagssl.study import figures
 output = Path(os.environ["BAGSSL_OUTPUT"])
 train, test = (data.subset(data.load("synthetic", split), 100) for split in ("train", "test"))
-config = pretraining.PretrainConfig(seed=seed, size=8, width=8, projector_hidden=16, projector_dim=8, batch_size=16, epochs=12)
+config = PretrainConfig(seed=seed, size=8, width=8, projector_hidden=16, projector_dim=8, batch_size=16, epochs=12)
 run = pretraining.pretrain(config, train, device="cpu", checkpoint_every=0.2)"""
-SHOW = """table = pd.DataFrame(evaluate(run, train, test, [0, 4], probes=["knn"], scale=0.25)).drop(columns=["settings", "correct"])
-figures.write_table(table, output, "accuracy")
+SHOW = """rows = evaluate(run, train, test, [0, 4], probes=["knn"], scale=0.25)
+figures.write_table(pd.DataFrame(rows).drop(columns=["settings", "correct"]), output, "accuracy")
 figure, axis = plt.subplots()
 axis.plot([row["loss"] for row in run.history])
 figures.save_figure(figure, output, "loss")"""
-CALL = ("import sys; from pathlib import Path; from bagssl import experiments; notebooks, results = map(Path, sys.argv[1:3]); "
-        "sys.exit(experiments.reproduce(sys.argv[4:], jobs=int(sys.argv[3]), notebooks=notebooks, results=results))")  # fmt: skip
+CALL = """import sys
+from pathlib import Path
+from bagssl.batch.reproduce import reproduce
+notebooks, results = map(Path, sys.argv[1:3])
+sys.exit(reproduce(sys.argv[4:], jobs=int(sys.argv[3]), notebooks=notebooks, results=results))"""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,8 @@ def notebooks(tmp_path_factory) -> Path:
              nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
              *map(nbformat.v4.new_code_cell, (WORK, SHOW))]  # fmt: skip
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "train.ipynb")
-    entries = {name: {"artefact": "none", "notebook": "train.ipynb", "profiles": {"smoke": {"cost": "1 s", "parameters": {"seed": seed}}}}
+    entries = {name: {"artefact": "none", "notebook": "train.ipynb",
+                      "profiles": {"smoke": {"cost": "1 s", "parameters": {"seed": seed}}}}
                for name, seed in zip("abcd", (0, 1, 2, 2), strict=True)}  # fmt: skip
     (folder / "experiments.yaml").write_text(yaml.safe_dump(entries))
     return folder
@@ -57,8 +63,8 @@ def notebooks(tmp_path_factory) -> Path:
 
 def start(notebooks: Path, results: Path, names: str, jobs: int = 2) -> psutil.Popen:
     environment = {**os.environ, "BAGSSL_RUNS": str(results / "runs"), "BAGSSL_RESULTS": str(results)}
-    return psutil.Popen([sys.executable, "-c", CALL, str(notebooks), str(results), str(jobs), *names], stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL, env=environment, start_new_session=True)  # fmt: skip
+    return psutil.Popen([sys.executable, "-c", CALL, str(notebooks), str(results), str(jobs), *names], env=environment,
+                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
 
 
 def family(process: psutil.Popen) -> list[psutil.Process]:
@@ -69,7 +75,7 @@ def family(process: psutil.Popen) -> list[psutil.Process]:
 
 
 def kill(process: psutil.Popen, chance: random.Random) -> None:
-    """Everything at once, as when the power fails, or one process of them; without the first the others must end too."""
+    """Everything at once, as when the power fails, or one process; without the first the others must end too."""
     living = family(process)
     doomed = living if chance.random() < 0.5 else living and [chance.choice(living)]
     for each in doomed:
@@ -84,8 +90,8 @@ def kill(process: psutil.Popen, chance: random.Random) -> None:
 def finished(notebooks: Path, results: Path) -> set[str]:
     """What is finished, each piece looked into; nothing may lie there that is half written."""
     found = set()
-    for name, experiment in experiments.load_experiments(notebooks).items():
-        state = experiments.state(experiments.plan(experiment, "smoke", results=results))
+    for name, experiment in load_experiments(notebooks).items():
+        state = stages.state(stages.plan(experiment, "smoke", results=results))
         assert state in ("fresh", "missing", "failed", "stopped"), (name, state)
         found |= {name} if state == "fresh" else set()
     for run in runs.list_runs(results / "runs"):
@@ -100,11 +106,12 @@ def finished(notebooks: Path, results: Path) -> set[str]:
 
 def content(results: Path) -> dict[str, bytes]:
     """What was found out: tables, figures, weights, losses, accuracies; neither times nor what depends on them."""
-    found = {str(path.relative_to(results)): path.read_bytes() for kind in ("smoke/*/tables/*", "smoke/*/figures/*", "runs/*/weights*")
-             for path in results.glob(kind)}  # fmt: skip
+    kinds = ("smoke/*/tables/*", "smoke/*/figures/*", "runs/*/weights*")
+    found = {str(path.relative_to(results)): path.read_bytes() for kind in kinds for path in results.glob(kind)}
     for run in runs.list_runs(results / "runs"):
         found[run.key] = repr([{**row, "crops_per_second": 0} for row in run.history]).encode()
-        found[f"{run.key} rows"] = repr([json.loads(path.read_text())["rows"] for path in run.path.glob("evaluations/*.json")]).encode()
+        rows = [json.loads(path.read_text())["rows"] for path in run.path.glob("evaluations/*.json")]
+        found[f"{run.key} rows"] = repr(rows).encode()
     return found
 
 
@@ -130,7 +137,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(notebooks, tmp_path,
             assert before <= after
             before = after
         assert content(results) == expected
-        assert not [path for path in results.rglob("*") if path.suffix == ".tmp" or path.name.endswith((".partial", ".old"))]
+        assert not [path for path in results.rglob("*") if path.name.endswith((".tmp", ".partial", ".old"))]
     # negative controls: what looks for damage finds it
     weights = runs.list_runs(results / "runs")[0].path / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")

@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 from test_claims import GOOD
+from test_experiments import write_list, write_notebook
 
 from bagssl import cli
-from bagssl.batch import experiments, report
-from bagssl.study import claims, figures
+from bagssl.batch import kernels, report
+from bagssl.batch.reproduce import reproduce
 from bagssl.errors import InputError
+from bagssl.study import claims, figures
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 NAME = "<img src=x onerror=alert(3)> & #1"
@@ -208,8 +210,6 @@ def test_a_figure_that_is_none_is_named(tmp_path):
 
 @pytest.mark.parametrize("error", [{}, {"ename": "ValueError", "evalue": "no"}])
 def test_reproduce_refreshes_the_page_when_a_stage_is_fresh(error, tmp_path, monkeypatch, capsys):
-    from test_experiments import write_list, write_notebook
-
     write_notebook(tmp_path / "good.ipynb", ["1"])
     monkeypatch.setattr("test_experiments.NOTEBOOKS", {"good": []})
     write_list(tmp_path)
@@ -220,9 +220,9 @@ def test_reproduce_refreshes_the_page_when_a_stage_is_fresh(error, tmp_path, mon
         target.with_name("log.txt").write_text("")
         return error
 
-    monkeypatch.setattr(experiments.Kernels, "run", run)
+    monkeypatch.setattr(kernels.Kernels, "run", run)
     results = tmp_path / "results"
-    assert experiments.reproduce(notebooks=tmp_path, results=results) == (1 if error else 0)
+    assert reproduce(notebooks=tmp_path, results=results) == (1 if error else 0)
     assert (results / "index.html").exists() != bool(error)
     assert ("index.html" in capsys.readouterr().out) != bool(error)
 

@@ -1,0 +1,83 @@
+"""Parameters of notebooks take their types, by the batch and by plain papermill, or are refused in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from test_experiments import write_notebook
+
+from bagssl.batch.notebook import normalise_notebook
+from bagssl.errors import InputError
+from bagssl.parameters import conform, notebook_parameters
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("text, annotation, value", [
+    ("{tcr: {learning_rate: 1e-3, options: {a: 2}}}", "dict", {"tcr": {"learning_rate": 1e-3, "options": {"a": 2}}}),
+    ("4", "int", 4), ("1", "float", 1.0), ("1e-3", "float", 1e-3), ("true", "bool", True), ("no", "str", "no"),
+    ("[1, 4]", "list[int]", [1, 4]), ("1,4", "list[int]", [1, 4]), ("3", "list[int]", [3]),
+    ("tcr,simclr", "list[str]", ["tcr", "simclr"]), ("{a: 1}", "dict", {"a": 1}), ("null", "float | None", None),
+    ("2", "float | None", 2.0), (3, "float", 3.0), ([1], "list[float]", [1.0]), ("0.2, 1", "tuple[float, float]",
+                                                                                 [0.2, 1]),
+])  # fmt: skip
+def test_values_take_the_type_of_the_parameter(text, annotation, value):
+    found = conform("p", text, annotation)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"cells": []}'])
+def test_a_notebook_that_is_none_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "n.ipynb").write_text(content)
+    with pytest.raises(InputError) as error:
+        notebook_parameters(tmp_path / "n.ipynb")
+    assert len(str(error.value).splitlines()) == 1
+
+
+CHECK = "from bagssl.parameters import check_parameters\nfound = check_parameters(globals())"
+
+
+USE = "print(sorted(found.items())); print(type(on), numbers, rate)"
+
+
+@pytest.fixture(scope="module")
+def checking(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("a folder, with é")
+    write_notebook(folder / "check.ipynb", [CHECK, USE])
+    normalise_notebook(folder / "check.ipynb")  # it then names its kernel
+    (folder / "some.yaml").write_text("rate: 1e-3\nnumbers: [2]\n")
+    return folder / "check.ipynb"
+
+
+def by_papermill(notebook: Path, folder: Path, *words: str) -> tuple[int, nbformat.NotebookNode]:
+    """Plain papermill, called from elsewhere, into another folder."""
+    target = folder / "out put.ipynb"
+    words = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(target), *words]
+    process = subprocess.run(words, check=False, cwd=folder, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return process.returncode, nbformat.read(target, as_version=4)
+
+
+def test_plain_papermill_gives_each_parameter_its_type(checking, tmp_path):
+    code, executed = by_papermill(checking, tmp_path, "-p", "on", "true", "-p", "numbers", "2,3",
+                                  "-y", "{rate: 1e-3, options: {lr: 1e-3}}", "--cwd", str(tmp_path))  # fmt: skip
+    said = executed.cells[-1].outputs[0].text
+    assert code == 0 and "<class 'bool'> [2, 3] 0.001" in said
+    assert "('options', {'lr': 0.001})" in said and "('count', 2)" in said
+    code, executed = by_papermill(checking, tmp_path, "-f", str(checking.parent / "some.yaml"))
+    assert code == 0 and "[2] 0.001" in executed.cells[-1].outputs[0].text
+
+
+@pytest.mark.parametrize("words, answer", [
+    (("-p", "count", "many"), "InputError: parameter count must be int, not 'many'"),
+    (("-p", "rates", "0.5"), "InputError: there is no parameter 'rates'; did you mean 'rate'?")])  # fmt: skip
+def test_plain_papermill_refuses_in_the_first_cell_in_one_line(checking, tmp_path, words, answer):
+    code, executed = by_papermill(checking, tmp_path, *words)
+    (error,) = [output for cell in executed.cells for output in cell.get("outputs", []) if output.output_type == "error"]
+    assert code and error.traceback == [answer]
+    assert [cell.execution_count for cell in executed.cells if cell.cell_type == "code" and cell.source == USE] == [None]
