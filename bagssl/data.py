@@ -1,4 +1,4 @@
-"""Datasets as tensors: a name and a split give `Images`, and nothing else reads image files.
+"""Datasets as tensors: a name and a split give `Images`; trees.py makes datasets of pictures.
 
 A dataset lies in one cache, data/<name>.safetensors: the uint8 pixels and the labels of both splits, with
 their SHA-256 fingerprints, which are checked whenever it is read. `EMBEDDED` ones are made, and need no cache.
@@ -194,15 +194,18 @@ def _damaged(path: Path, name: str, reason: object) -> InputError:
 
 
 def how_to_add(name: str) -> str:
+    """The command that adds a dataset, or the two."""
     by_tree = f"bagssl data add {name} PATH"
     return f"bagssl data get {name}, or {by_tree}" if name in CIFAR else by_tree
 
 
 def is_name(name: str) -> bool:
+    """Whether a dataset that is added may have this name: it is that of a file as well, and never a path."""
     return re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name) is not None
 
 
 def cache(name: str, root: Path | None) -> Path:
+    """The file of a dataset that was added, below `root` or else $BAGSSL_DATA, whether it is there or not."""
     return _root(root) / f"{name}.safetensors"
 
 
@@ -211,6 +214,7 @@ def _root(root: Path | None) -> Path:
 
 
 def refusal(message: str) -> InputError:
+    """What to raise: the message in one line."""
     return InputError(one_line(message))
 
 

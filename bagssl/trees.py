@@ -1,7 +1,7 @@
-"""Pictures on disk or in the network -> datasets: class-folder trees and downloads, read into the caches of data.py.
+"""Pictures on disk or in the network become datasets: class-folder trees and downloads, into the caches of data.py.
 
-What comes in is checked whole before a cache is written: images that cannot be read, links that lead out of the tree, a
-part of CIFAR under the name of the whole. Raises InputError, in one line that says what to do.
+All that comes in is checked before a cache is written: an image that cannot be read, a link that leads out of the
+tree, a part of CIFAR under the name of the whole are an `InputError`, one line that says what to do.
 """
 
 from __future__ import annotations
@@ -54,16 +54,12 @@ def get(name: str, root: Path | None = None, force: bool = False) -> str:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as scratch:
             splits = {split: _download(name, split, scratch) for split in SPLITS}
     except (OSError, RuntimeError, HTTPException) as error:  # no network, no answer, no disk; a wrong MD5
-        raise refusal(
-            f"{name} could not be downloaded ({error}): without a network, add a class-folder tree of it by "
-            f"bagssl data add {name} PATH"
-        ) from error
+        raise refusal(f"{name} could not be downloaded ({error}): without a network, add a class-folder tree of it by "
+                      f"bagssl data add {name} PATH") from error
     return _store(name, splits, CIFAR[name][0], "torchvision", root, force)
 
 
-def add(
-    name: str, path: Path | str, size: int | None = None, root: Path | None = None, force: bool = False
-) -> str:
+def add(name: str, path: Path | str, size: int | None = None, root: Path | None = None, force: bool = False) -> str:
     """Read a class-folder tree, train/<class>/<image> and test/<class>/<image>, into the cache of `name`.
 
     Images may have any format that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8
@@ -83,7 +79,7 @@ def add(
         raise refusal(f"{name} has images of 32×32 px: leave --size out, or add it under another name")
     tree = Path(os.path.realpath(os.path.expanduser(path)))
     try:
-        files, classes = _tree(tree)
+        files, classes = _files(tree)
     except OSError as error:
         raise refusal(f"{tree} cannot be read ({error}): give a tree that you may read") from error
     if name in CIFAR:
@@ -94,7 +90,7 @@ def add(
     return _store(name, splits, classes, one_line(f"class folders {tree}"), root, force)
 
 
-def _tree(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
+def _files(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
     """The files of each class (in order) in each split, and the classes."""
     wanted = "give one with train/<class>/ and test/<class>/ in it"
     if not tree.is_dir():
@@ -127,11 +123,8 @@ def _tree(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
 
 def _entries(folder: Path, tree: Path) -> list[Path]:
     """What lies in a folder, by name, without dot files; a link that leads out of the tree is refused."""
-    found = [
-        entry
-        for entry in sorted(folder.iterdir())
-        if not entry.name.startswith(".") and entry.name not in _NOT_IMAGES
-    ]
+    found = [entry for entry in sorted(folder.iterdir())
+             if not entry.name.startswith(".") and entry.name not in _NOT_IMAGES]  # fmt: skip
     for entry in found:
         if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(tree):
             raise refusal(f"{entry} links out of the tree: put the files themselves there")
@@ -148,8 +141,8 @@ def _check_cifar(name: str, files: dict[str, list[list[Path]]], classes: tuple[s
     for split, count in counts.items():
         for label, found in zip(classes, files[split]):
             if len(found) != count:
-                counts = f"{name} has {count:,} {split} images of each class, this tree {len(found):,} of"
-                raise refusal(f"{counts} {label!r}: add it under another name")
+                raise refusal(f"{name} has {count:,} {split} images of each class, this tree {len(found):,} "
+                              f"of {label!r}: add it under another name")
 
 
 def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -173,22 +166,21 @@ def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, t
                 pixels = np.empty((len(paths), *image.shape), np.uint8)
             if image.shape != pixels.shape[1:]:
                 first, other = ("{1}×{0}".format(*shape) for shape in (pixels.shape[1:], image.shape))
-                raise refusal(
-                    f"images of two sizes, {paths[0]} with {first} px and {paths[i]} with {other} px: "
-                    "give --size to bring them to one"
-                )
+                raise refusal(f"images of two sizes, {paths[0]} with {first} px and {paths[i]} with {other} px: "
+                              "give --size to bring them to one")
             pixels[i] = image
     if wrong:
-        others = ", ".join(str(path.relative_to(path.parents[2])) for path, _ in wrong[1:6]) + ", ..." * (len(wrong) > 6)
+        named = [str(path.relative_to(path.parents[2])) for path, _ in wrong[1:6]]
+        others = ", ".join([*named, *["..."] * (len(wrong) > 6)])
         more = f", nor can {len(wrong) - 1} more ({others})" if others else ""
         raise refusal(f"{wrong[0][1]}{more}: replace or remove {'them' if more else 'it'}")
-    result, start = {}, 0
+    splits, start = {}, 0
     for split in SPLITS:
         labels = torch.tensor([label for label, inside in enumerate(files[split]) for _ in inside])
-        part = torch.from_numpy(pixels[start : start + len(labels)])
-        result[split] = (part.permute(0, 3, 1, 2).contiguous(), labels)
+        images = torch.from_numpy(pixels[start : start + len(labels)])
+        splits[split] = (images.permute(0, 3, 1, 2).contiguous(), labels)
         start += len(labels)
-    return result
+    return splits
 
 
 def _read(path: Path, size: int | None) -> np.ndarray | InputError:
@@ -219,6 +211,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _download(name: str, split: str, folder: str) -> tuple[Tensor, Tensor]:
+    """Pixels uint8 [N, 3, 32, 32] and labels int64 [N] of the published archive; torchvision checks its MD5."""
     from torchvision import datasets  # slow to import, and needed by nothing else here
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -249,9 +242,8 @@ def _canonical(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return pixels[order], labels[order]
 
 
-def _store(
-    name: str, splits: dict, classes: tuple[str, ...], source: str, root: Path | None, force: bool
-) -> str:
+def _store(name: str, splits: dict, classes: tuple[str, ...], source: str, root: Path | None, force: bool) -> str:
+    """Write the cache of {split: (pixels, labels)}; one line that says what was done."""
     path = cache(name, root)
     images = {split: Images(*_canonical(*splits[split]), classes) for split in SPLITS}
     new = {split: images[split].fingerprint for split in SPLITS}
@@ -265,7 +257,8 @@ def _store(
     tensors |= {f"{split}_labels": images[split].labels for split in SPLITS}
     try:
         with write_atomically(path) as temporary:
-            temporary.write_bytes(save(tensors, {"bagssl": json.dumps(about)}))  # `save_file` would put another file there
+            content = save(tensors, {"bagssl": json.dumps(about)})  # `save_file` would put another file there
+            temporary.write_bytes(content)
     except (OSError, SafetensorError) as error:
         raise refusal(f"{path} cannot be written ({error}): free the disk, or set BAGSSL_DATA") from error
     counts = " and ".join(f"{len(images[split]):,} {split}" for split in SPLITS)
