@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def resamples(images: int, seed: int = 0) -> np.ndarray:
+def _resamples(images: int, seed: int) -> np.ndarray:
     """A bootstrap over images as weights [RESAMPLES, images]: counts drawn from the multinomial, over their sum."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
 
@@ -37,15 +37,15 @@ def bootstrap(columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
 
     statistic: [means, columns] -> [means] or [means, values], a row for each draw; one Estimate for each value.
     """
-    means = np.vstack([columns.mean(axis=0), resamples(len(columns), seed) @ columns])
+    means = np.vstack([columns.mean(axis=0), _resamples(len(columns), seed) @ columns])
     values = np.asarray(statistic(means)).reshape(len(means), -1)
-    low, high = _ends(values[1:], axis=0)
+    low, high = _ends(values[1:])
     return [Estimate(*map(float, each)) for each in zip(values[0], low, high, strict=True)]
 
 
 def mean(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over images of values [..., images], low and high by the bootstrap over images: three arrays [...]."""
-    return values.mean(-1), *_ends(values @ resamples(values.shape[-1], seed).T, axis=-1)
+    return values.mean(-1), *_ends(values @ _resamples(values.shape[-1], seed).T, axis=-1)
 
 
 def proportion(right: np.ndarray) -> Estimate:
@@ -54,7 +54,8 @@ def proportion(right: np.ndarray) -> Estimate:
     Resampling n images of which a share p is true counts Binomial(n, p) true ones: exactly the bootstrap.
     """
     count, share = len(right), float(np.mean(right))
-    return Estimate(100 * share, *_ends(100 * np.random.default_rng(0).binomial(count, share, RESAMPLES) / count))
+    draws = np.random.default_rng(0).binomial(count, share, RESAMPLES)
+    return Estimate(100 * share, *_ends(100 * draws / count).tolist())
 
 
 def paired(difference: np.ndarray, seed: int = 0) -> Estimate:
@@ -64,8 +65,9 @@ def paired(difference: np.ndarray, seed: int = 0) -> Estimate:
     """
     count = len(difference)
     more, less = int((difference > 0).sum()), int((difference < 0).sum())
-    draws = np.random.default_rng(seed).multinomial(count, np.array([more, less, count - more - less]) / count, RESAMPLES)
-    return Estimate(100 * (more - less) / count, *_ends(100 * (draws[:, 0] - draws[:, 1]) / count))
+    shares = np.array([more, less, count - more - less]) / count
+    draws = np.random.default_rng(seed).multinomial(count, shares, RESAMPLES)
+    return Estimate(100 * (more - less) / count, *_ends(100 * (draws[:, 0] - draws[:, 1]) / count).tolist())
 
 
 def over_seeds(values: np.ndarray) -> Estimate:
@@ -87,9 +89,9 @@ def jackknife(values: ArrayLike) -> Estimate:
     return Estimate(value, value - half, value + half)
 
 
-def _ends(draws: np.ndarray, axis: int | None = None) -> tuple:
-    low, high = np.percentile(draws, (2.5, 97.5), axis=axis)
-    return (low, high) if axis is not None else (float(low), float(high))
+def _ends(draws: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Low and high [2, ...] among draws along `axis`."""
+    return np.percentile(draws, (2.5, 97.5), axis=axis)
 
 
 def _student(freedom: int) -> float:
