@@ -8,7 +8,6 @@ machine that is shared or hot shows other figures, and says so by its spread.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import resource
@@ -28,11 +27,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.resnet import conv3x3
 
 from bagssl import bags, data, devices, objectives, patches, pretraining, probes, runs
+from bagssl.augmentation import Augmentation
 from bagssl.batch.stages import package_hash
 from bagssl.config import PretrainConfig
-from bagssl.encoders import build_encoder, build_projector
+from bagssl.encoders import Conv3x3, build_encoder, build_projector
 from bagssl.errors import InputError, Stopped
 from bagssl.paths import cores, results_root, write_atomically
 from bagssl.study import figures
@@ -128,7 +129,7 @@ class _Pictures(torch.utils.data.Dataset):
         return self.transform(self.pictures[index])
 
 
-def _torchvision(a: patches.Augmentation) -> Callable:
+def _torchvision(a: Augmentation) -> Callable:
     from torchvision import transforms as T
 
     jitter = T.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)
@@ -194,14 +195,6 @@ def augmentation(machine: Machine) -> Iterator[dict]:
 # ---- 2. the training step
 
 
-def _stock(encoder: nn.Module) -> nn.Module:
-    """The same network of torchvision's own layers, without our short cuts."""
-    for module in encoder.modules():
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = nn.Conv2d
-    return encoder
-
-
 def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, steps: int, workers: int) -> nn.Module:
     """SimCLR as lightly's examples have it, on our encoder and schedule: the trained encoder.
 
@@ -210,7 +203,8 @@ def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, 
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
 
-    encoder = _stock(build_encoder(config.encoder, config.width, config.seed)).to(machine.device, memory_format=torch.channels_last)
+    encoder = build_encoder(config.encoder, config.width, config.seed, conv3x3)  # torchvision's: none of our short cuts
+    encoder = encoder.to(machine.device, memory_format=torch.channels_last)
     torch.manual_seed(config.seed)
     head = SimCLRProjectionHead(encoder.dim, config.projector_hidden, config.projector_dim).to(machine.device)
     criterion = NTXentLoss(temperature=0.5)
@@ -440,8 +434,8 @@ def aggregation(machine: Machine) -> Iterator[dict]:
 
     ks, size = (1, 4, 16, 64, 256), min(machine.size["crops"])
     pixels = machine.train.pixels[: machine.size["bagged"]]
-    encoder = build_encoder(machine.size["encoder"], machine.size["width"]).to(machine.device).eval()
-    stock = _stock(copy.deepcopy(encoder))
+    encoder, stock = (build_encoder(machine.size["encoder"], machine.size["width"], conv=conv).to(machine.device).eval()
+                      for conv in (Conv3x3, conv3x3))
     side = patches.native_size(0.25, *pixels.shape[2:])
 
     @torch.inference_mode()

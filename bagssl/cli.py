@@ -127,7 +127,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     from bagssl.config import PretrainConfig
     from bagssl.parameters import conform
 
-    types = {field.name: str(field.type) for field in fields(PretrainConfig)}
+    types = {field.name: field.type.__name__ for field in fields(PretrainConfig)}
     given: dict[str, Any] = assignments(arguments.set)
     for name in ("dataset", "objective", "training", "seed"):
         if getattr(arguments, name) is not None:

@@ -1,24 +1,52 @@
-"""`PretrainConfig`: what identifies a run; its fields, their ranges, and when a field decides nothing."""
-
-from __future__ import annotations
+"""`PretrainConfig`: what identifies a run. Each field says what it may be, and when it decides anything."""
 
 import dataclasses
-import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
+from bagssl.augmentation import Augmentation
 from bagssl.encoders import BLOCKS
 from bagssl.errors import InputError, check_choice, nearest
-from bagssl.objectives import OBJECTIVES, needs_target
-from bagssl.patches import Augmentation
+from bagssl.objectives import OBJECTIVES
 
 TRAININGS = ("patch-based", "multi-scale", "untrained")
-
 OPTIMISERS = ("sgd", "lars", "adamw")
 
-_LATER = {"later": True}  # marks a setting that was added after the first runs
+
+def setting(default: Any, low: float | None = None, high: float | None = None, *, choices: Collection[str] | None = None,
+            used: Callable[["PretrainConfig"], bool] = lambda config: config.training != "untrained",
+            later: bool = False) -> Any:  # fmt: skip
+    """A field with its range or its choices.
+
+    used: whether it decides anything beside the other settings; if not, it is set back to its default, so that one run
+    serves every recipe that differs in nothing else. later: added after the first runs; at its default it is not in
+    `to_dict`, so that runs made before it keep their keys.
+    """
+    declared = {"range": None if low is None else (low, high), "choices": choices, "used": used, "later": later}
+    how = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**how, metadata=declared)
+
+
+def _always(config: "PretrainConfig") -> bool:
+    return True
+
+
+def _patch_based(config: "PretrainConfig") -> bool:
+    return config.training == "patch-based"
+
+
+def _multi_scale(config: "PretrainConfig") -> bool:
+    return config.training == "multi-scale"
+
+
+def _with(*optimisers: str) -> Callable[["PretrainConfig"], bool]:
+    return lambda config: config.training != "untrained" and config.optimiser in optimisers
+
+
+def _with_target(config: "PretrainConfig") -> bool:
+    return config.training != "untrained" and OBJECTIVES[config.objective].needs_target
 
 
 @dataclass(frozen=True)
@@ -30,105 +58,95 @@ class PretrainConfig:
     makes no sense.
     """
 
-    dataset: str = "synthetic"
-    objective: str = "tcr"
-    training: str = "patch-based"
-    seed: int = 0
-    epochs: float = 10  # passes over the images; each image gives `views` crops per pass
-    views: int = 4
-    batch_size: int = 256  # images per step
+    dataset: str = setting("synthetic", used=_always)
+    objective: str = setting("tcr", choices=OBJECTIVES)
+    training: str = setting("patch-based", choices=TRAININGS, used=_always)
+    seed: int = setting(0, 0, 2**31 - 1, used=_always)
+    epochs: float = setting(10, 0, 1e6)  # passes over the images; each image gives `views` crops per pass
+    views: int = setting(4, 2, 1024)
+    batch_size: int = setting(256, 2, 2**20)  # images per step
     # crops: scales are fractions of the image's area
-    size: int = 16
-    patch_scale: float = 0.25
-    min_scale: float = 0.2
+    size: int = setting(16, 4, 1024, used=_always)  # px, of the crop that the encoder sees
+    patch_scale: float = setting(0.25, 1e-3, 1, used=_patch_based)
+    min_scale: float = setting(0.2, 1e-3, 1, used=_multi_scale)
     # colour: strengths, then probabilities
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    jitter: float = 0.8
-    grey: float = 0.2
-    blur: float = 0.0
-    solarise: float = 0.0
-    flip: float = 0.5
+    brightness: float = setting(0.4, 0, 10)
+    contrast: float = setting(0.4, 0, 10)
+    saturation: float = setting(0.4, 0, 10)
+    hue: float = setting(0.1, 0, 0.5)
+    jitter: float = setting(0.8, 0, 1)
+    grey: float = setting(0.2, 0, 1)
+    blur: float = setting(0.0, 0, 1)
+    solarise: float = setting(0.0, 0, 1)
+    flip: float = setting(0.5, 0, 1)
     # networks
-    encoder: str = "resnet10"
-    width: int = 16  # a multiple of 8: with fewer channels a CPU's convolutions can corrupt memory (oneDNN, AVX2)
-    projector_hidden: int = 512
-    projector_dim: int = 128
+    encoder: str = setting("resnet10", choices=BLOCKS, used=_always)
+    # a multiple of 8: with fewer channels a CPU's convolutions can corrupt memory (oneDNN, AVX2)
+    width: int = setting(16, 1, 2**16, used=_always)
+    projector_hidden: int = setting(512, 1, 2**16)
+    projector_dim: int = setting(128, 1, 2**16)
     # optimisation
-    optimiser: str = "adamw"
-    learning_rate: float = 4e-3
-    weight_decay: float = 1e-4
-    momentum: float = 0.9  # of sgd and lars
-    warmup: float = 0.1  # fraction of the steps
-    teacher_momentum: float = 0.99  # of the averaged network of BYOL and MoCo, rising to 1 along a cosine
-    options: Mapping[str, float] = field(default_factory=dict)  # the objective's own numbers, by name
-    # added later: at its default such a setting is not in `to_dict`, so that runs made before it keep their keys
-    lars_trust: float = field(default=0.02, metadata=_LATER)
-    lars_clip: bool = field(default=False, metadata=_LATER)  # a tensor's rate is at most learning_rate, see LARS
-    grid: int = field(default=0, metadata=_LATER)  # px: a patch's offsets are multiples of it, views differ; 0: anywhere
+    optimiser: str = setting("adamw", choices=OPTIMISERS)
+    learning_rate: float = setting(4e-3, 1e-12, 1e3)
+    weight_decay: float = setting(1e-4, 0, 1e3)
+    momentum: float = setting(0.9, 0, 1, used=_with("sgd", "lars"))
+    warmup: float = setting(0.1, 0, 1)  # fraction of the steps
+    # of the averaged network of BYOL and MoCo, rising to 1 along a cosine
+    teacher_momentum: float = setting(0.99, 0, 1, used=_with_target)
+    options: Mapping[str, float] = setting(dict)  # the objective's own numbers, by name
+    lars_trust: float = setting(0.02, 1e-6, 1e3, used=_with("lars"), later=True)
+    lars_clip: bool = setting(False, used=_with("lars"), later=True)  # a tensor's rate is at most learning_rate, see LARS
+    # px: a patch's offsets are multiples of it, views differ; 0: anywhere
+    grid: int = setting(0, 0, 1024, used=_patch_based, later=True)
 
     def __post_init__(self):
-        for field_ in dataclasses.fields(self):
-            object.__setattr__(self, field_.name, _typed(field_.name, getattr(self, field_.name), field_.type))
+        for each in fields(self):
+            value = _typed(each.name, getattr(self, each.name), each.type)
+            object.__setattr__(self, each.name, value)
+            if each.metadata["choices"] is not None:
+                check_choice(each.name, value, each.metadata["choices"])
+            if each.metadata["range"] is not None and not each.metadata["range"][0] <= value <= each.metadata["range"][1]:
+                low, high = each.metadata["range"]
+                raise InputError(f"{each.name} = {value} is outside {low:g} to {high:g}")
+        self._check_together()
+        for each in fields(self):
+            if not each.metadata["used"](self):
+                default = {} if each.default is dataclasses.MISSING else each.default
+                object.__setattr__(self, each.name, default)
+        if self.training == "untrained":
+            object.__setattr__(self, "epochs", 0.0)
+
+    def _check_together(self) -> None:
+        """What no field can say of itself."""
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.dataset):
             raise InputError(f"dataset = {self.dataset!r} is no name of a dataset: see `bagssl data list`")
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("training", self.training, TRAININGS)
-        check_choice("encoder", self.encoder, BLOCKS)
-        check_choice("optimiser", self.optimiser, OPTIMISERS)
-        for name, low, high in _RANGES:
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} = {getattr(self, name)} is outside {low:g} to {high:g}")
         if self.width % 8:
             raise InputError(f"width = {self.width} must be a multiple of 8")
-        allowed = [name for name in inspect.signature(OBJECTIVES[self.objective]).parameters if name not in ("z", "target")]
+        declared = OBJECTIVES[self.objective].options
         for name, value in self.options.items():
-            if name not in allowed:
-                raise InputError(f"{self.objective} has no option {name!r}: it has {', '.join(allowed) or 'none'}")
+            if name not in declared:
+                raise InputError(f"{self.objective} has no option {name!r}: it has {', '.join(declared) or 'none'}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
                 raise InputError(f"option {name} = {value!r} of {self.objective} must be a positive number")
         if self.training != "untrained" and not self.epochs:
             raise InputError("epochs = 0 trains nothing: for random weights set training to untrained")
         if self.optimiser == "lars" and not self.weight_decay:
             raise InputError("weight_decay = 0: LARS then rescales nothing; set it above 0, or use sgd")
-        # what decides nothing is set back, so that one run serves every recipe that differs in nothing else
-        for field_ in dataclasses.fields(self):
-            if not self._uses(field_.name):
-                made = field_.default_factory() if field_.default is dataclasses.MISSING else field_.default
-                object.__setattr__(self, field_.name, made)
-        if self.training == "untrained":
-            object.__setattr__(self, "epochs", 0.0)
-
-    def _uses(self, name: str) -> bool:
-        if self.training == "untrained":
-            return name in _OF_UNTRAINED
-        unused = {
-            "min_scale": self.training == "patch-based",
-            "patch_scale": self.training == "multi-scale",
-            "grid": self.training == "multi-scale",
-            "momentum": self.optimiser == "adamw",
-            "lars_trust": self.optimiser != "lars",
-            "lars_clip": self.optimiser != "lars",
-            "teacher_momentum": not needs_target(self.objective),
-        }
-        return not unused.get(name, False)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PretrainConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from names and values. Raises InputError for a name that does not exist."""
-        names = [field_.name for field_ in dataclasses.fields(cls)]
+        names = [each.name for each in fields(cls)]
         for name in values:
             if name not in names:
                 raise InputError(f"unknown setting {name!r}; {nearest(str(name), names)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What identifies a run: all settings, but for those marked `_LATER` that have their default."""
-        same = {f.name for f in dataclasses.fields(self) if f.metadata.get("later") and getattr(self, f.name) == f.default}
+        """What identifies a run: all settings, but for later ones that have their default."""
+        omitted = {each.name for each in fields(self) if each.metadata["later"] and getattr(self, each.name) == each.default}
         values = {**dataclasses.asdict(self), "options": dict(sorted(self.options.items()))}
-        return {name: value for name, value in values.items() if name not in same}
+        return {name: value for name, value in values.items() if name not in omitted}
 
     def steps(self, images: int) -> int:
         """Optimiser steps of a run on so many images. Raises InputError when they do not make up one."""
@@ -151,48 +169,27 @@ class PretrainConfig:
     def augmentation(self) -> Augmentation:
         """The distribution of the training crops."""
         fixed = self.training != "multi-scale"
+        colour = ("flip", "brightness", "contrast", "saturation", "hue", "jitter", "grey", "blur", "solarise")
         return Augmentation(
             scale=(self.patch_scale, self.patch_scale) if fixed else (self.min_scale, 1.0),
             ratio=(1.0, 1.0) if fixed else (3 / 4, 4 / 3),
             size=self.size,
             grid=self.grid,
-            **{name: getattr(self, name) for name in _COLOUR},
+            **{name: getattr(self, name) for name in colour},
         )
 
 
-_OF_UNTRAINED = ("dataset", "training", "seed", "size", "encoder", "width")
-
-_COLOUR = ("flip", "brightness", "contrast", "saturation", "hue", "jitter", "grey", "blur", "solarise")
-
-_RANGES = [
-    ("seed", 0, 2**31 - 1),
-    ("epochs", 0, 1e6),
-    ("views", 2, 1024),
-    ("batch_size", 2, 2**20),
-    ("size", 4, 1024),
-    ("grid", 0, 1024),
-    ("patch_scale", 1e-3, 1),
-    ("min_scale", 1e-3, 1),
-    *((name, 0, 10) for name in ("brightness", "contrast", "saturation")),
-    ("hue", 0, 0.5),
-    *((name, 0, 1) for name in ("jitter", "grey", "blur", "solarise", "flip", "momentum", "warmup", "teacher_momentum")),
-    *((name, 1, 2**16) for name in ("width", "projector_hidden", "projector_dim")),
-    ("learning_rate", 1e-12, 1e3),
-    ("lars_trust", 1e-6, 1e3),
-    ("weight_decay", 0, 1e3),
-]
+_WANTED = {float: "a finite number", int: "a whole number", str: "a word", bool: "true or false"}
 
 
-def _typed(name: str, value: Any, kind: str) -> Any:
-    """`value` as `kind`; whole numbers pass as floats, nothing else is converted."""
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53:
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` in the type of its field; whole numbers pass as floats, nothing else is converted."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number and abs(value) < 2**53:
         return float(value)
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+    if kind in (int, str, bool) and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
-    if kind in ("str", "bool") and isinstance(value, {"str": str, "bool": bool}[kind]):
-        return value
-    if kind.startswith("Mapping") and isinstance(value, Mapping):
+    if kind not in _WANTED and isinstance(value, Mapping):
         whole = [key for key, number in value.items() if type(number) is int and abs(number) < 2**53]
         return {**value, **{key: float(value[key]) for key in whole}}
-    wanted = {"float": "a finite number", "int": "a whole number", "str": "a word", "bool": "true or false"}.get(kind, "a mapping of names to numbers")
-    raise InputError(f"{name} = {value!r} must be {wanted}")
+    raise InputError(f"{name} = {value!r} must be {_WANTED.get(kind, 'a mapping of names to numbers')}")

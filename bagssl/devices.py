@@ -8,7 +8,7 @@ import torch
 
 from bagssl.errors import InputError, check_choice
 
-COMPILED = ("none", "colours", "all", "graphs")
+COMPILED = ("none", "colours", "all", "graphs", "all+graphs")
 
 
 def pick_device(name: str) -> str:
@@ -26,14 +26,16 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_compiled(name: str, device: torch.device) -> str:
-    """What `torch.compile` is to make of a step: 'none', the 'colours' of the crops, 'all': the networks as well, or
-    'graphs': all, replayed as CUDA graphs. 'auto' is what $BAGSSL_COMPILE says, else none.
+    """What is made of a step: 'none', as it stands; by `torch.compile` the 'colours' of the crops, or 'all': the networks
+    as well; 'graphs': the whole step, replayed as one CUDA graph; 'all+graphs': both. 'auto' is what $BAGSSL_COMPILE
+    says, else graphs on CUDA and none elsewhere.
 
-    Compiling takes a quarter of a minute for the colours and more for the networks; `bagssl bench compiled` shows what
-    it is worth on a machine. The results differ by rounding.
+    A graph is there at once; compiling takes a quarter of a minute for the colours and more for the networks; `bagssl
+    bench compiled` shows what it is worth on a machine. Compiled results differ by rounding.
     """
-    name = (os.environ.get("BAGSSL_COMPILE") or "none") if name == "auto" else name
+    if name == "auto":
+        name = os.environ.get("BAGSSL_COMPILE") or ("graphs" if device.type == "cuda" else "none")
     check_choice("part to compile", name, COMPILED)
-    if name == "graphs" and device.type != "cuda":
+    if "graphs" in name and device.type != "cuda":
         raise InputError("CUDA graphs need a GPU: compile 'all', or 'none'")
     return name

@@ -6,53 +6,25 @@ stride 1 and no max-pooling. The projectors are lightly's.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, conv1x1
 
 from bagssl.errors import InputError, check_choice
 
 BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
-class Encoder(nn.Module):
-    """A ResNet of basic blocks (He et al. 2016) with a CIFAR stem: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim].
-
-    The stages have `width` x (1, 2, 4, 8) channels; `dim` = 8 x width. Width 64 is the usual network: its
-    parameters carry torchvision's names.
-    """
-
-    def __init__(self, blocks: tuple[int, ...], width: int):
-        super().__init__()
-        self.dim = width * 2 ** (len(blocks) - 1)
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        channels = [width, *(width * 2**stage for stage in range(len(blocks)))]
-        for stage, count in enumerate(blocks):
-            self.add_module(f"layer{stage + 1}", _stage(*channels[stage : stage + 2], count, 1 if stage == 0 else 2))
-        self.stages = len(blocks)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if type(module) is nn.Conv2d and module.kernel_size == (3, 3):
-                module.__class__ = _Conv3x3
-
-    def forward(self, patches: Tensor) -> Tensor:
-        # fixed constants, not a dataset's mean and deviation: an encoder then takes any picture as it is
-        x = (patches - 0.5) * 4
-        x = self.relu(self.bn1(self.conv1(x)))
-        for stage in range(self.stages):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
-        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)  # several times faster than over (2, 3), channels last
-
-
-class _Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding 1 that is a matrix product on maps of 2x2 pixels and less.
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, padding 1, no bias, that is a matrix product on maps of 2x2 pixels and less.
 
     There every input pixel meets every output pixel in one of the nine taps, or in none: the product does 16 of the 36
     multiplications that a convolution does with its padding (1 of 9 on a single pixel), at the speed of a product.
     """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__(inputs, outputs, 3, stride, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
@@ -65,19 +37,65 @@ class _Conv3x3(nn.Conv2d):
         taps = torch.stack([taps[:, :, 1 - k : 1 - k + width] for k in range(columns)])
         matrix = taps.permute(2, 3, 4, 1, 0, 5).reshape(height * width * self.in_channels, -1)
         y = (x.permute(0, 2, 3, 1).reshape(n, -1) @ matrix).view(n, rows, columns, -1)
-        return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)
+        return (y if self.bias is None else y + self.bias).permute(0, 3, 1, 2)  # a folded batch-norm leaves a bias
 
 
-def _stage(inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
-    first = BasicBlock(inputs, outputs, stride, downsample)
-    return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(count - 1)))
+class Block(nn.Module):
+    """The basic block of He et al. 2016, with torchvision's names: two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, conv: Callable[..., nn.Module]):
+        super().__init__()
+        self.conv1 = conv(inputs, outputs, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += self.downsample(x)
+        return self.relu(y)
 
 
-def build_encoder(name: str, width: int = 64, seed: int = 0) -> Encoder:
-    """The encoder `name` (resnet10, resnet18 or resnet34) with weights drawn from `seed`, on the CPU.
+class Encoder(nn.Module):
+    """A ResNet of basic blocks (He et al. 2016) with a CIFAR stem: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim].
+
+    The stages have `width` x (1, 2, 4, 8) channels; `dim` = 8 x width. Width 64 is the usual network: its
+    parameters carry torchvision's names. conv: what makes a 3x3 convolution of inputs, outputs and stride.
+    """
+
+    def __init__(self, blocks: Sequence[int], width: int, conv: Callable[..., nn.Module] = Conv3x3):
+        super().__init__()
+        self.dim = width * 2 ** (len(blocks) - 1)
+        self.conv1 = conv(3, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        inputs = width
+        for stage, count in enumerate(blocks):
+            outputs, stride = width * 2**stage, 1 if stage == 0 else 2
+            first = Block(inputs, outputs, stride, conv)
+            rest = (Block(outputs, outputs, 1, conv) for _ in range(count - 1))
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
+            inputs = outputs
+        self.stages = len(blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, patches: Tensor) -> Tensor:
+        # fixed constants, not a dataset's mean and deviation: an encoder then takes any picture as it is
+        x = (patches - 0.5) * 4
+        x = self.relu(self.bn1(self.conv1(x)))
+        for stage in range(self.stages):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)  # several times faster than over (2, 3), channels last
+
+
+def build_encoder(name: str, width: int = 64, seed: int = 0, conv: Callable[..., nn.Module] = Conv3x3) -> Encoder:
+    """The encoder `name` (resnet10, resnet18 or resnet34) with weights drawn from `seed`, on the CPU; conv: as there.
 
     Raises InputError for an unknown name or a width below 1.
     """
@@ -86,7 +104,7 @@ def build_encoder(name: str, width: int = 64, seed: int = 0) -> Encoder:
         raise InputError(f"encoder width must be at least 1, not {width}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(BLOCKS[name], width)
+        return Encoder(BLOCKS[name], width, conv)
 
 
 def build_projector(objective: str, dim: int, hidden: int, out: int, seed: int = 0) -> nn.Module:

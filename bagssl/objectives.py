@@ -3,18 +3,41 @@
 Every function takes any number of views V >= 2. Objectives that are defined on two views are averaged over the
 pairs of views. Each returns a dictionary of scalars: `loss`, which is minimised, and the terms that make it up.
 Losses are computed in float32 whatever the precision of z: bf16 Gram matrices break the log-determinant.
+
+`@objective` makes such a function known by its name, and declares its options with their defaults.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Terms = dict[str, Tensor]
+OBJECTIVES: dict[str, Objective] = {}
+
+
+class Objective:
+    """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z as well."""
+
+    def __init__(self, function: Callable[..., Terms], needs_target: bool = False, **options: float):
+        functools.update_wrapper(self, function)
+        self.function, self.needs_target, self.options = function, needs_target, options
+
+    def __call__(self, *z: Tensor, **options: float) -> Terms:
+        return self.function(*z, **{**self.options, **options})
+
+
+def objective(**declared: float | bool) -> Callable[[Callable[..., Terms]], Objective]:
+    """Put the decorated function into OBJECTIVES, with what it declares: see `Objective`."""
+    def known(function: Callable[..., Terms]) -> Objective:
+        return OBJECTIVES.setdefault(function.__name__, Objective(function, **declared))
+
+    return known
 
 
 def coding_rate(z: Tensor, epsilon2: float = 0.2) -> Tensor:
@@ -31,7 +54,8 @@ def coding_rate(z: Tensor, epsilon2: float = 0.2) -> Tensor:
     return torch.linalg.cholesky_ex(gram).L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-def tcr(z: Tensor, *, invariance: float = 200.0, epsilon2: float = 0.2) -> Terms:
+@objective(invariance=200.0, epsilon2=0.2)
+def tcr(z: Tensor, invariance: float, epsilon2: float) -> Terms:
     """Total coding rate with cosine invariance: -invariance * mean cos(z_i, mean z) - mean over views of R(Z_v).
 
     z [views, batch, dim] is l2-normalised here. Li et al. 2022 use invariance = 30 with two views, Tong et al. 2023
@@ -43,7 +67,8 @@ def tcr(z: Tensor, *, invariance: float = 200.0, epsilon2: float = 0.2) -> Terms
     return {"loss": -invariance * similarity - rate, "similarity": similarity, "coding_rate": rate}
 
 
-def simclr(z: Tensor, *, temperature: float = 0.5) -> Terms:
+@objective(temperature=0.5)
+def simclr(z: Tensor, temperature: float) -> Terms:
     """NT-Xent (Chen et al. 2020, eq. 1) of z [views, batch, dim], averaged over the pairs of views.
 
     For a pair (a, b) an image's negatives are the other images in a and in b.
@@ -62,7 +87,8 @@ def simclr(z: Tensor, *, temperature: float = 0.5) -> Terms:
     return {"loss": uniformity - alignment, "alignment": alignment * temperature, "uniformity": uniformity}
 
 
-def vicreg(z: Tensor, *, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> Terms:
+@objective(invariance=25.0, variance=25.0, covariance=1.0)
+def vicreg(z: Tensor, invariance: float, variance: float, covariance: float) -> Terms:
     """VICReg (Bardes et al. 2022, eq. 1-6) of z [views, batch, dim], averaged over the pairs of views.
 
     For two views: 25 MSE(z1, z2) + 25 * 1/2 sum over views of mean hinge(1 - std) + sum over views of the squared
@@ -82,7 +108,8 @@ def vicreg(z: Tensor, *, invariance: float = 25.0, variance: float = 25.0, covar
     return {"loss": loss, "invariance": distance, "variance": hinge, "covariance": redundancy}
 
 
-def barlow(z: Tensor, *, redundancy: float = 5e-3) -> Terms:
+@objective(redundancy=5e-3)
+def barlow(z: Tensor, redundancy: float) -> Terms:
     """Barlow Twins (Zbontar et al. 2021, eq. 1) of z [views, batch, dim], averaged over the pairs of views.
 
     Sum over i of (1 - C_ii)^2 + redundancy * sum over i != j of C_ij^2, C the cross-correlation of two views.
@@ -100,6 +127,7 @@ def barlow(z: Tensor, *, redundancy: float = 5e-3) -> Terms:
     return {"loss": loss, "on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
 
 
+@objective(needs_target=True)
 def byol(z: Tensor, target: Tensor) -> Terms:
     """BYOL (Grill et al. 2020, eq. 2): mean over ordered pairs of views a != b of 2 - 2 cos(z_a, target_b).
 
@@ -114,7 +142,8 @@ def byol(z: Tensor, target: Tensor) -> Terms:
     return {"loss": 2 - 2 * similarity, "similarity": similarity}
 
 
-def moco(z: Tensor, target: Tensor, *, temperature: float = 0.2) -> Terms:
+@objective(needs_target=True, temperature=0.2)
+def moco(z: Tensor, target: Tensor, temperature: float) -> Terms:
     """MoCo v3 (Chen et al. 2021, eq. 1): mean over ordered pairs of views a != b of InfoNCE of z_a against target_b.
 
     z [views, batch, dim] are the predictor's outputs (queries), `target` the same shape from the averaged network
@@ -130,6 +159,7 @@ def moco(z: Tensor, target: Tensor, *, temperature: float = 0.2) -> Terms:
     return {"loss": uniformity - alignment, "alignment": alignment * temperature, "uniformity": uniformity}
 
 
+@objective()
 def spectral(z: Tensor) -> Terms:
     """Spectral contrastive loss (HaoChen et al. 2021) of z [views, batch, dim], which is not normalised.
 
@@ -157,12 +187,3 @@ def spread(z: Tensor) -> Tensor:
 
 def _at_least_float32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
-
-
-OBJECTIVES = {"tcr": tcr, "simclr": simclr, "vicreg": vicreg, "barlow": barlow, "byol": byol, "moco": moco,
-              "spectral": spectral}  # fmt: skip
-
-
-def needs_target(objective: str) -> bool:
-    """Whether an objective compares with an averaged network: it then has the argument `target`."""
-    return "target" in inspect.signature(OBJECTIVES[objective]).parameters

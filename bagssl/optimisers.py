@@ -1,9 +1,28 @@
-"""LARS for large batches, without waiting for the device."""
+"""The optimisers: torch's AdamW and SGD, and a LARS that does not wait for the device."""
 
 from __future__ import annotations
 
 import torch
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from bagssl.config import PretrainConfig
+
+
+def build_optimiser(config: PretrainConfig, model: nn.Module, capturable: bool = False) -> Optimizer:
+    """The optimiser of `config` for all parameters of `model`. capturable: by a CUDA graph, with a tensor as rate.
+
+    Biases and batch-norm's scales are neither decayed nor, by LARS, rescaled.
+    """
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if config.optimiser == "adamw":
+        return AdamW(groups, lr=config.learning_rate, fused=True, capturable=capturable)
+    momentum = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.momentum > 0}
+    if config.optimiser == "sgd":
+        return SGD(groups, **momentum, fused=capturable or None)
+    return LARS(groups, **momentum, trust=config.lars_trust, clip=config.lars_clip)
 
 
 class LARS(Optimizer):
@@ -33,7 +52,10 @@ class LARS(Optimizer):
                 steps = _rescaled(params, steps, group)
             if group["momentum"]:
                 steps = self._with_momentum(params, steps, group)
-            torch._foreach_add_(params, steps, alpha=-group["lr"])
+            if isinstance(group["lr"], Tensor):  # on the device, where a CUDA graph reads it anew
+                torch._foreach_sub_(params, torch._foreach_mul(steps, group["lr"]))
+            else:
+                torch._foreach_add_(params, steps, alpha=-group["lr"])
 
     def _with_momentum(self, params: list, steps: list, group: dict) -> list:
         for p, step in zip(params, steps, strict=True):
@@ -50,7 +72,8 @@ def _rescaled(params: list, grads: list, group: dict) -> list:
     moved = (p != 0) & (g != 0)
     rate = group["trust"] * p / (g + group["weight_decay"] * p + group["eps"])
     if group["clip"]:
-        rate = (rate / max(group["lr"], 1e-30)).clamp(max=1)
+        lr = group["lr"].clamp(min=1e-30) if isinstance(group["lr"], Tensor) else max(group["lr"], 1e-30)
+        rate = (rate / lr).clamp(max=1)
     rate = torch.where(moved, rate, 1.0)
     decay = torch.where(moved, group["weight_decay"] * rate, 0.0)
     steps = torch._foreach_mul(grads, list(rate.unbind()))

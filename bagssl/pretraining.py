@@ -1,4 +1,13 @@
-"""Pre-training: the one loop, from a configuration and images to a run."""
+"""Pre-training: the one loop, from a configuration and images to a run.
+
+The life of a crop. A dataset lies on the device as uint8 pixels. A step takes the next images of the epoch's order, and
+from the step's own seed draws boxes and colours for `views` patches of each (`patches.draw`); cut, resized and coloured
+(`patches.apply`) they are patches [V, B, 3, s, s]. The encoder embeds each as h [V, B, dim], the projector, and beside
+an averaged network the predictor, maps h to z [V, B, D] (`Model`). The objective makes named terms of z; their `loss`
+goes back through the networks, and the optimiser takes a step at the rate of the schedule (`Learner.step`). Around
+that, `_train` keeps the time, the history and the checkpoint, and at the end writes the run: the bag of a crop's
+embedding h is what bags.py makes of it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +18,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +32,8 @@ from bagssl.data import Images
 from bagssl.devices import pick_compiled, pick_device, pick_precision
 from bagssl.encoders import build_encoder, build_predictor, build_projector
 from bagssl.errors import Diverged, InputError, Stopped
-from bagssl.objectives import OBJECTIVES, needs_target, spread
-from bagssl.optimisers import LARS
+from bagssl.objectives import OBJECTIVES, Terms, spread
+from bagssl.optimisers import build_optimiser
 from bagssl.patches import apply_colour, augment
 from bagssl.progress import progress_bar
 from bagssl.runs import Run
@@ -62,9 +73,326 @@ def pretrain(
     with runs.locked(run, deadline):
         if not run.finished:  # it may have been finished while we waited
             runs.reopen(run)
-            dtype = pick_precision(precision, device)
-            _train(config, images, run, device, dtype, compiled, deadline, checkpoint_every, progress)
+            learner = Learner(config, images.pixels, device, pick_precision(precision, device), compiled)
+            _train(learner, images, run, deadline, checkpoint_every, progress)
     return run
+
+
+# ---- the mathematics
+
+
+class Model(nn.Module):
+    """Encoder, projector and, beside an averaged network, predictor: patches [V, B, 3, s, s] -> z [V, B, D]."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None = None):
+        super().__init__()
+        self.encoder, self.projector, self.predictor = encoder, projector, predictor
+
+    def forward(self, patches: Tensor) -> Tensor:
+        # the views go through in one pass and share their batch-norm statistics
+        flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        z = self.projector(self.encoder(flat))
+        return (z if self.predictor is None else self.predictor(z)).unflatten(0, patches.shape[:2])
+
+
+def build_model(config: PretrainConfig) -> Model:
+    """The networks that `config` trains, with the weights of its seed, on the CPU."""
+    encoder = build_encoder(config.encoder, config.width, config.seed)
+    hidden, dim = config.projector_hidden, config.projector_dim
+    projector = build_projector(config.objective, encoder.dim, hidden, dim, config.seed)
+    if not OBJECTIVES[config.objective].needs_target:
+        return Model(encoder, projector)
+    return Model(encoder, projector, build_predictor(dim, hidden, config.seed))
+
+
+class Learner:
+    """All that a step changes or looks at: pixels, networks and optimiser, on one device.
+
+    compiled: see `devices.pick_compiled`.
+    """
+
+    def __init__(self, config: PretrainConfig, pixels: Tensor, device: torch.device, dtype: torch.dtype, compiled: str):
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # no shape changes from step to step
+        self.config, self.device, self.dtype, self.compiled = config, device, dtype, compiled
+        self.pixels = pixels.to(device)
+        self.augmentation, self.generator = config.augmentation(), torch.Generator(device)
+        self.model = build_model(config).to(device, memory_format=torch.channels_last).train()
+        self.objective, self.teacher = OBJECTIVES[config.objective], None
+        if self.objective.needs_target:
+            self.teacher = copy.deepcopy(Model(self.model.encoder, self.model.projector))
+        self.optimiser = build_optimiser(config, self.model, capturable="graphs" in compiled)
+        self.colour = torch.compile(apply_colour) if compiled.startswith(("colours", "all")) else apply_colour
+        whole = compiled.startswith("all")
+        self.embed, self.embed_target = (torch.compile(net) if whole and net is not None else net
+                                         for net in (self.model, self.teacher))  # fmt: skip
+
+    def step(self, batch: Tensor, rate: float | Tensor, decay: float | Tensor) -> Terms:
+        """One step on the images `batch`, int64 [B]: the named terms of the loss, and `spread`, see objectives.py.
+
+        The patches follow from the state of `generator`. rate: of the optimiser; decay: of the averaged network; numbers,
+        or tensors without dimension on the device, which a CUDA graph reads anew each time.
+        """
+        config = self.config
+        patches = augment(self.pixels[batch], config.views, self.augmentation, self.generator, self.colour)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            z = self.embed(patches)
+            with torch.no_grad():
+                targets = [] if self.teacher is None else [self.embed_target(patches).float()]
+        terms = self.objective(z.float(), *targets, **config.options)
+        terms["spread"] = spread(z.detach())
+
+        self.optimiser.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        if self.teacher is not None:
+            _average(self.teacher, self.model, decay)
+        return {name: value.detach() for name, value in terms.items()}
+
+
+class _Replayed:
+    """`Learner.step` as one CUDA graph: a thousand launches by the CPU become one.
+
+    The first steps run as they are, on a stream of their own, as capturing asks for; the next is captured, without being
+    executed, and from then on replayed. The generator's seed counts at each replay.
+    """
+
+    EAGER = 3
+
+    def __init__(self, learner: Learner):
+        self.learner, self.stream, self.graph, self.calls = learner, torch.cuda.Stream(), None, 0
+        self.batch = torch.empty(learner.config.batch_size, dtype=torch.int64, device=learner.device)
+        self.rate, self.decay = torch.empty(2, device=learner.device).unbind()
+
+    def __call__(self, batch: Tensor, rate: float, decay: float) -> Terms:
+        self.batch.copy_(batch), self.rate.fill_(rate), self.decay.fill_(decay)
+        self.calls += 1
+        if self.calls <= self.EAGER:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):  # that it is not captured
+                terms = self.learner.step(self.batch, self.rate, self.decay)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return terms
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        return self.terms
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.learner.generator)
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.terms = self.learner.step(self.batch, self.rate, self.decay)
+        except RuntimeError as error:  # an objective that waits for the device, perhaps
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the step cannot be captured as a CUDA graph ({reason}): set BAGSSL_COMPILE=none") from error
+
+
+@torch.no_grad()
+def _average(teacher: nn.Module, student: nn.Module, decay: float | Tensor) -> None:
+    """teacher <- decay * teacher + (1 - decay) * student, in place; batch-norm's statistics are copied."""
+    for mine, theirs in ((teacher.encoder, student.encoder), (teacher.projector, student.projector)):
+        ours = list(mine.parameters())
+        weight = [1 - decay] * len(ours) if isinstance(decay, Tensor) else 1 - decay
+        torch._foreach_lerp_(ours, list(theirs.parameters()), weight)
+        for copied, buffer in zip(mine.buffers(), theirs.buffers(), strict=True):
+            copied.copy_(buffer)
+
+
+def learning_rate_at(step: int, steps: int, config: PretrainConfig) -> float:
+    """Linear warm-up over the first `warmup` of the steps, then half a cosine down to zero."""
+    warm = config.warmup * steps
+    if step < warm:
+        return config.learning_rate * (step + 1) / (warm + 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def teacher_momentum_at(step: int, steps: int, config: PretrainConfig) -> float:
+    """From `teacher_momentum` up to 1 along half a cosine."""
+    return 1 - (1 - config.teacher_momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _seed(seed: int, purpose: int, index: int) -> int:
+    """The seed of a stream that belongs to (seed, purpose, index) alone."""
+    # mixed within 32 bits: that is all that the CPU's generator keeps of a seed
+    return (seed * 0x9E3779B1 ^ ((purpose << 31) + index)) & 0xFFFFFFFF
+
+
+# ---- the loop
+
+
+def _train(learner: Learner, images: Images, run: Run, deadline: float, checkpoint_every: float, progress: bool) -> None:
+    config, device = learner.config, learner.device
+    per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
+    crops = config.batch_size * config.views  # of a step
+    record = _Record(learner, run, steps, per_epoch)
+    take_step = _Replayed(learner) if "graphs" in learner.compiled else learner.step
+    order = None
+    with _signals() as stop, progress_bar(steps * crops, record.step * crops, config.label, progress) as bar:
+        while record.step < steps:
+            epoch, position = divmod(record.step, per_epoch)
+            if order is None or position == 0:
+                shuffled = torch.Generator().manual_seed(_seed(config.seed, 0, epoch))
+                order = torch.randperm(len(images), generator=shuffled).to(device, non_blocking=True)
+            batch = order[position * config.batch_size :][: config.batch_size]
+            # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
+            learner.generator.manual_seed(_seed(config.seed, 1, record.step))
+            rate = learning_rate_at(record.step, steps, config)
+            terms = take_step(batch, rate, teacher_momentum_at(record.step, steps, config))
+            if means := record.add(terms, rate):
+                bar(record.step * crops, f"loss {means['loss']:.3f}")
+            if stop or time.monotonic() > deadline:
+                record.save()
+                message = f"{config.label} stopped at step {record.step} of {steps}; the next call goes on from there"
+                raise Stopped(message, interrupted=bool(stop))
+            record.save_after(checkpoint_every)
+        record.finish(images)
+        if stop:  # asked for when there was no step left to stop at
+            raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
+
+
+class _Record:
+    """What is kept of a training: where it is, its history, its checkpoint, and the machines that it went through."""
+
+    def __init__(self, learner: Learner, run: Run, steps: int, per_epoch: int):
+        self.learner, self.run, self.steps, self.per_epoch = learner, run, steps, per_epoch
+        self.step, self.history, self.seconds, self.sums = 0, [], 0.0, {}
+        self.every = max(1, steps // LOGS)  # steps of a row of the history
+        dtype = str(learner.dtype).removeprefix("torch.")
+        self.hardware = {"hardware": runs.hardware(), "device": str(learner.device), "precision": dtype}
+        self.segments: list[dict[str, Any]] = []  # of the steps before: on which hardware, until which step
+        self._resume()
+        self.logged = self.step
+        self.clock = self.saved = time.monotonic()
+
+    def _resume(self) -> None:
+        learner, names = self.learner, ("model", "optimiser", "step", "history", "seconds", "sums")
+        state = runs.load_checkpoint(self.run, learner.device, names)
+        if state is None:
+            return
+        try:
+            learner.model.load_state_dict(state["model"])
+            # rates, momenta and flags are those of the configuration and of this machine
+            groups = learner.optimiser.state_dict()["param_groups"]
+            learner.optimiser.load_state_dict({**state["optimiser"], "param_groups": groups})
+            if learner.teacher is not None:
+                learner.teacher.load_state_dict(state["teacher"])
+        except (RuntimeError, ValueError, KeyError):
+            path = self.run.path / "checkpoint.pt"
+            raise InputError(f"{path} is of another network: delete it to train from the start") from None
+        self.step, self.history, self.seconds, self.sums = (state[name] for name in names[2:])
+        self.segments = state.get("parts", [])
+        if self.segments and self.segments[-1] | {"until": 0} == self.hardware | {"until": 0}:
+            self.segments.pop()  # this machine's last segment goes on
+
+    def add(self, terms: Mapping[str, Tensor], rate: float) -> dict[str, float] | None:
+        """Count a step; at the end of a row of the history the means of the terms over its steps.
+
+        Raises Diverged when they are not those of a training that can go on.
+        """
+        self.step += 1
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        if self.step % self.every and self.step < self.steps:
+            return None
+        means = _means(self.sums, (self.step - 1) % self.every + 1)
+        self._check(means)
+        now, config = time.monotonic(), self.learner.config
+        elapsed, self.seconds, self.clock = now - self.clock, self.seconds + now - self.clock, now
+        crops = config.batch_size * config.views
+        row = {"step": self.step, "epoch": self.step / self.per_epoch, "crops": self.step * crops, "learning_rate": rate}
+        row["crops_per_second"] = round((self.step - self.logged) * crops / max(elapsed, 1e-9), 1)
+        self.history.append({**row, **means})
+        self.sums, self.logged = {}, self.step
+        return means
+
+    def _check(self, means: dict[str, float]) -> None:
+        config = self.learner.config
+        for name, value in means.items():
+            if not math.isfinite(value):
+                what_to_do = f"lower learning_rate ({config.learning_rate})"
+                raise Diverged(f"{config.label}: '{name}' is {value} at step {self.step}: {what_to_do}")
+        if self.step > 0.2 * self.steps and means["spread"] < 1e-3:
+            what = f"'spread' is {means['spread']:.1e}, all projections are alike"
+            raise Diverged(f"{config.label}: collapsed at step {self.step}: {what}")
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        learner, now = self.learner, time.monotonic()
+        state = {"model": learner.model.state_dict(), "optimiser": learner.optimiser.state_dict(), "sums": self.sums}
+        state |= {"step": self.step, "history": self.history, "seconds": self.seconds + now - self.clock}
+        state |= {"parts": [*self.segments, {**self.hardware, "until": self.step}]}
+        state |= {"teacher": learner.teacher.state_dict()} if learner.teacher is not None else {}
+        runs.save_checkpoint(self.run, state)
+
+    def save_after(self, seconds: float) -> None:
+        """Write the checkpoint when the last is so old."""
+        if time.monotonic() - self.saved > seconds:
+            self.save()
+            self.saved = time.monotonic()
+
+    def finish(self, images: Images) -> None:
+        """Write the finished run."""
+        learner, config, steps = self.learner, self.learner.config, self.steps
+        metrics = {
+            "steps": steps,
+            "epochs": steps / max(self.per_epoch, 1),
+            "crops": steps * config.batch_size * config.views,
+            "images": len(images),
+            "final": {name: self.history[-1][name] for name in terms_of(self.history)},
+            "seconds": round(self.seconds, 3),
+        }
+        provenance = {**runs.provenance(), **self.hardware, "seed": config.seed, "data": images.fingerprint}
+        provenance |= {"wall_seconds": metrics["seconds"]}
+        provenance |= {"compiled": learner.compiled} if learner.compiled != "none" else {}
+        if self.segments:  # it went from one machine to another
+            provenance |= {"parts": [*self.segments, {**self.hardware, "until": steps}]}
+        runs.finish(self.run, learner.model.state_dict(), self.history, metrics, provenance)
+
+
+def terms_of(history: list[dict[str, float]]) -> list[str]:
+    """The names of the loss terms among a history's columns."""
+    columns = ("step", "epoch", "crops", "learning_rate", "crops_per_second")
+    return [name for name in history[0] if name not in columns] if history else []
+
+
+def _means(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
+    """The only wait for the device in the loop, but for checkpoints."""
+    return dict(zip(sums, (torch.stack(list(sums.values())).cpu() / steps).tolist(), strict=True))
+
+
+def _deadline(time_limit: float | None) -> float:
+    """When to stop, on the monotonic clock: the other one may be set while we train."""
+    deadline = os.environ.get("BAGSSL_DEADLINE") or "inf"
+    try:
+        left = float(deadline) - time.time()
+        if math.isnan(left):
+            raise ValueError
+        return time.monotonic() + min(left, math.inf if time_limit is None else time_limit)
+    except ValueError:
+        raise InputError(f"BAGSSL_DEADLINE = {deadline!r} is not a Unix time in seconds") from None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """While training, SIGINT and SIGTERM only ask for a stop: the list holds those that came."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- what was trained
 
 
 def load_encoder(run: Run, device: str | torch.device = "cpu") -> nn.Module:
@@ -95,242 +423,6 @@ def _load(module: nn.Module, run: Run, prefix: str) -> nn.Module:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise InputError(f"{run.path}: its weights are not those of its config.json; delete the folder to train it again") from error
+        what_to_do = "delete the folder to train it again"
+        raise InputError(f"{run.path}: its weights are not those of its config.json; {what_to_do}") from error
     return module.eval()
-
-
-def _compiled(name: str) -> tuple[Callable, Callable]:
-    """The function that colours patches, and the one that embeds and projects them."""
-    mode = {"mode": "reduce-overhead"} if name == "graphs" else {}
-    colour = apply_colour if name == "none" else torch.compile(apply_colour)
-    return colour, torch.compile(_project, **mode) if name in ("all", "graphs") else _project
-
-
-def learning_rate_at(step: int, steps: int, config: PretrainConfig) -> float:
-    """Linear warm-up over the first `warmup` of the steps, then half a cosine down to zero."""
-    warm = config.warmup * steps
-    if step < warm:
-        return config.learning_rate * (step + 1) / (warm + 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
-
-
-def _train(
-    config: PretrainConfig,
-    images: Images,
-    run: Run,
-    device: torch.device,
-    dtype: torch.dtype,
-    compiled: str,
-    deadline: float,
-    checkpoint_every: float,
-    progress: bool,
-) -> None:
-    steps_per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
-    crops_per_step = config.batch_size * config.views
-    log_every = max(1, steps // LOGS)
-
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # no shape changes from step to step
-    model = _model(config).to(device, memory_format=torch.channels_last)
-    followed = nn.ModuleList([model.encoder, model.projector])
-    teacher = copy.deepcopy(followed) if needs_target(config.objective) else None
-    optimiser = _optimiser(config, model)
-    pixels = images.pixels.to(device)
-    augmentation = config.augmentation()
-    generator = torch.Generator(device)
-    objective = OBJECTIVES[config.objective]
-    colour, project = _compiled(compiled)
-
-    step, history, seconds, sums, parts = 0, [], 0.0, {}, []
-    here = {"hardware": runs.hardware(), "device": str(device), "precision": str(dtype).removeprefix("torch.")}
-    state = runs.load_checkpoint(run, device, ("model", "optimiser", "step", "history", "seconds", "sums"))
-    if state is not None:
-        try:
-            model.load_state_dict(state["model"])
-            optimiser.load_state_dict(state["optimiser"])
-            if teacher is not None:
-                teacher.load_state_dict(state["teacher"])
-        except (RuntimeError, ValueError, KeyError):
-            raise InputError(f"{run.path / 'checkpoint.pt'} is of another network: delete it to train from the start") from None
-        step, history, seconds, sums = state["step"], state["history"], state["seconds"], state["sums"]
-        parts = state.get("parts", [])
-        if parts and parts[-1] | {"until": 0} == here | {"until": 0}:
-            parts = parts[:-1]
-
-    def checkpoint() -> None:
-        spent = seconds + time.monotonic() - clock
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "sums": sums}
-        state |= {"step": step, "history": history, "seconds": spent, "parts": [*parts, {**here, "until": step}]}
-        runs.save_checkpoint(run, state | ({"teacher": teacher.state_dict()} if teacher is not None else {}))
-
-    model.train()
-    order, order_epoch = None, -1
-    clock = saved = time.monotonic()
-    logged = step
-    with _signals() as stop, progress_bar(steps * crops_per_step, step * crops_per_step, config.label, progress) as bar:
-        while step < steps:
-            epoch, position = divmod(step, steps_per_epoch)
-            if epoch != order_epoch:
-                order = torch.randperm(len(images), generator=_seeded(config.seed, 0, epoch))
-                order, order_epoch = order.to(device, non_blocking=True), epoch
-            batch = pixels[order[position * config.batch_size :][: config.batch_size]]
-            # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
-            patches = augment(batch, config.views, augmentation, _seeded(config.seed, 1, step, generator), colour)
-
-            rate = learning_rate_at(step, steps, config)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                # the views go through in one pass and share their batch-norm statistics
-                z = model.project(patches, project)
-                with torch.no_grad():
-                    target = (project(*teacher, patches),) if teacher is not None else ()
-            terms = objective(z.float(), *(t.float() for t in target), **config.options)
-            terms["spread"] = spread(z.detach())
-            optimiser.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            optimiser.step()
-            if teacher is not None:
-                decay = 1 - (1 - config.teacher_momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
-                _average(teacher, followed, decay)
-
-            step += 1
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            if step % log_every == 0 or step == steps:
-                means = _means(sums, (step - 1) % log_every + 1)
-                _check(means, step, steps, config)
-                now = time.monotonic()
-                seconds, elapsed, clock = seconds + now - clock, now - clock, now
-                row = {"step": step, "epoch": step / steps_per_epoch, "crops": step * crops_per_step, "learning_rate": rate}
-                row["crops_per_second"] = round((step - logged) * crops_per_step / max(elapsed, 1e-9), 1)
-                history.append({**row, **means})
-                sums, logged = {}, step
-                bar(step * crops_per_step, f"loss {means['loss']:.3f}")
-            if stop or time.monotonic() > deadline:
-                checkpoint()
-                message = f"{config.label} stopped at step {step} of {steps}; the next call goes on from there"
-                raise Stopped(message, interrupted=bool(stop))
-            if time.monotonic() - saved > checkpoint_every:
-                checkpoint()
-                saved = time.monotonic()
-
-        metrics = {
-            "steps": steps,
-            "epochs": steps / max(steps_per_epoch, 1),
-            "crops": steps * crops_per_step,
-            "images": len(images),
-            "final": {name: history[-1][name] for name in terms_of(history)},
-            "seconds": round(seconds, 3),
-        }
-        made = {**runs.provenance(), **here, "seed": config.seed, "data": images.fingerprint, "wall_seconds": metrics["seconds"]}
-        made |= {"compiled": compiled} if compiled != "none" else {}
-        made |= {"parts": [*parts, {**here, "until": steps}]} if parts else {}  # it went from one machine to another
-        runs.finish(run, model.state_dict(), history, metrics, made)
-        if stop:  # asked for when there was no step left to stop at
-            raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
-
-
-def terms_of(history: list[dict[str, float]]) -> list[str]:
-    """The names of the loss terms among a history's columns."""
-    columns = ("step", "epoch", "crops", "learning_rate", "crops_per_second")
-    return [name for name in history[0] if name not in columns] if history else []
-
-
-class _Model(nn.Module):
-    """Encoder, projector and, beside an averaged network, predictor: patches [views, batch, 3, s, s] -> z [views, batch, dim]."""
-
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None):
-        super().__init__()
-        self.encoder, self.projector, self.predictor = encoder, projector, predictor
-
-    def project(self, patches: Tensor, project: Callable) -> Tensor:
-        z = project(self.encoder, self.projector, patches)
-        return z if self.predictor is None else self.predictor(z.flatten(0, 1)).view_as(z)
-
-
-def _model(config: PretrainConfig) -> _Model:
-    encoder = build_encoder(config.encoder, config.width, config.seed)
-    projector = build_projector(
-        config.objective, encoder.dim, config.projector_hidden, config.projector_dim, config.seed
-    )
-    predictor = None
-    if needs_target(config.objective):
-        predictor = build_predictor(config.projector_dim, config.projector_hidden, config.seed)
-    return _Model(encoder, projector, predictor)
-
-
-def _project(encoder: nn.Module, projector: nn.Module, patches: Tensor) -> Tensor:
-    views, batch = patches.shape[:2]
-    flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    return projector(encoder(flat)).view(views, batch, -1)
-
-
-def _optimiser(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Biases and batch-norm's scales are neither decayed nor, by LARS, rescaled."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if config.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    if config.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
-    return LARS(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
-                trust=config.lars_trust, clip=config.lars_clip)
-
-
-@torch.no_grad()
-def _average(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, in place; batch-norm's statistics are copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
-    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(theirs)
-
-
-def _means(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
-    """The only wait for the device in the loop, but for checkpoints."""
-    return dict(zip(sums, (torch.stack(list(sums.values())).cpu() / steps).tolist(), strict=True))
-
-
-def _check(means: dict[str, float], step: int, steps: int, config: PretrainConfig) -> None:
-    for name, value in means.items():
-        if not math.isfinite(value):
-            raise Diverged(f"{config.label}: '{name}' is {value} at step {step}: lower learning_rate ({config.learning_rate})")
-    if step > 0.2 * steps and means["spread"] < 1e-3:
-        raise Diverged(
-            f"{config.label}: collapsed at step {step}: 'spread' is {means['spread']:.1e}, all projections are alike"
-        )
-
-
-def _seeded(seed: int, purpose: int, index: int, generator: torch.Generator | None = None) -> torch.Generator:
-    """A generator whose stream belongs to (seed, purpose, index) alone."""
-    generator = generator or torch.Generator()
-    # mixed within 32 bits: that is all that the CPU's generator keeps of a seed
-    return generator.manual_seed((seed * 0x9E3779B1 ^ (purpose << 31) + index) & 0xFFFFFFFF)
-
-
-def _deadline(time_limit: float | None) -> float:
-    """When to stop, on the monotonic clock: the other one may be set while we train."""
-    deadline = os.environ.get("BAGSSL_DEADLINE") or "inf"
-    try:
-        left = float(deadline) - time.time()
-        if math.isnan(left):
-            raise ValueError
-        return time.monotonic() + min(left, math.inf if time_limit is None else time_limit)
-    except ValueError:
-        raise InputError(f"BAGSSL_DEADLINE = {deadline!r} is not a Unix time in seconds") from None
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """While training, SIGINT and SIGTERM only ask for a stop: the list holds those that came."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

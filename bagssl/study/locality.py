@@ -24,7 +24,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Generator, Tensor, nn
 
-from bagssl import bags, intervals, patches
+from bagssl import bags, colours, intervals, patches
+from bagssl.augmentation import Augmentation
 from bagssl.errors import InputError
 from bagssl.intervals import Estimate
 
@@ -245,9 +246,9 @@ def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int],
     grow = torch.where(torch.rand(n, generator=generator) < 0.5, math.sqrt(2), math.sqrt(0.5))
     corner, side = boxes[..., :2], boxes[..., 2:]
     scaled = (side * grow[:, None]).round().long()
-    jitter = patches.Augmentation((1, 1), (1, 1), pixels.shape[2], jitter=1, **JITTER)
-    colour = patches.draw_colour(n, jitter, generator)
-    tinted = torch.cat([patches.apply_colour(pixels[part].float() / 255, colour[part])
+    jitter = Augmentation((1, 1), (1, 1), pixels.shape[2], jitter=1, **JITTER)
+    colour = colours.draw_colour(n, jitter, generator)
+    tinted = torch.cat([colours.apply_colour(pixels[part].float() / 255, colour[part])
                         for part in torch.arange(n).split(256)])
     mirrored = boxes.clone()
     mirrored[..., 1] = width - boxes[..., 1] - boxes[..., 3]
