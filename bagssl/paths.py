@@ -44,7 +44,7 @@ def cores() -> int:
 
 
 def sweep(path: Path) -> None:
-    """Remove what writers that were killed left in the folder of `path`: files that nobody holds, folders after a day."""
+    """Remove what killed writers left in the folder of `path`: files that nobody holds, folders after a day."""
     for left in path.parent.glob(".*.tmp"):
         with contextlib.suppress(OSError):  # held, or on a disk that knows no locks
             age = time.time() - left.stat().st_mtime

@@ -43,7 +43,8 @@ from bagssl.progress import notice
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
 RECIPE = 1
-_RECORD = ("history.csv", "provenance.json", "metrics.json")  # by `finish`, after the weights, in this order
+_MARK = "metrics.json"  # of a finished run
+_RECORD = ("history.csv", "provenance.json")  # what `finish` writes after the weights and before the mark
 _AGAIN = "delete the folder to train the run again"
 
 
@@ -55,7 +56,7 @@ def run_key(config: dict[str, Any], fingerprint: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """One folder of the store. It shows itself, whatever state its folder is in: as a line of text, and in a notebook."""
+    """One folder of the store. It shows itself as a line of text and in a notebook, whatever state its folder is in."""
 
     path: Path
 
@@ -73,13 +74,16 @@ class Run:
         if not isinstance(recipe, int) or not isinstance(config, dict):
             raise InputError(f"{path} is damaged: it has no recipe and config; {_AGAIN}")
         if recipe > RECIPE:
-            raise InputError(f"{path} is of recipe {recipe}, this bagssl knows {RECIPE}: use the newer one for this run")
+            raise InputError(f"{path} is of recipe {recipe}, this bagssl knows {RECIPE}: use the newer one for it")
         return config
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """steps, epochs, crops, images, seconds, the last loss terms as `final`, hashes. Raises InputError when damaged."""
-        return read_json(self.path / "metrics.json")
+        """steps, epochs, crops, images, seconds, the last loss terms as `final`, hashes.
+
+        Raises InputError when damaged.
+        """
+        return read_json(self.path / _MARK)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -108,12 +112,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its whole record is there. The weights may have been left elsewhere: what was measured holds."""
-        return not self.lacks
+        return (self.path / _MARK).exists() and not self.lost
 
     @property
-    def lacks(self) -> list[str]:
-        """The files of its record that are not there."""
-        return [name for name in _RECORD if not (self.path / name).exists()]
+    def lost(self) -> list[str]:
+        """The files that a finished run no longer has in its record; one that is not finished has lost none."""
+        return [name for name in _RECORD if (self.path / _MARK).exists() and not (self.path / name).exists()]
 
     def check(self) -> None:
         """Raises InputError when what it holds is not what was written; that it holds no weights is no damage."""
@@ -137,14 +141,16 @@ class Run:
         try:
             return load(self._sound_weights())
         except SafetensorError as error:
-            raise InputError(f"{self.path / 'weights.safetensors'} is no safetensors file ({error}); {_AGAIN}") from error
+            path = self.path / "weights.safetensors"
+            raise InputError(f"{path} is no safetensors file ({error}); {_AGAIN}") from error
 
     def _sound_weights(self) -> bytes:
         path = self.path / "weights.safetensors"
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise InputError(f"{self.path} has no weights: copy {path.name} from where it was trained; or {_AGAIN}") from None
+            remedy = f"copy {path.name} from where it was trained; or {_AGAIN}"
+            raise InputError(f"{self.path} has no weights: {remedy}") from None
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         if _digest(content) != self.metrics.get("weights_sha256"):
@@ -164,30 +170,28 @@ def _known(read: Callable[[], Any], otherwise: Any = "") -> Any:
 
 def _lines(run: Run) -> list[str]:
     """What was trained; how far, for how long and on what; the last terms of the loss."""
-    config, metrics, made = (_known(lambda name=name: getattr(run, name)) for name in ("config", "metrics", "provenance"))
+    config, metrics = _known(lambda: run.config), _known(lambda: run.metrics)
     names = ["dataset", "objective", "training"]
     if _known(lambda: config["training"]) == "untrained":
         names.remove("objective")
     words = [*(_known(lambda name=name: str(config[name])) for name in names), _known(lambda: f"seed {config['seed']}")]
-    state = _known(lambda: _state(run, config, metrics, made), "its folder cannot be read")
+    state = _known(lambda: _state(run, config, metrics), "its folder cannot be read")
     last = _known(lambda: metrics["final"]) or _known(lambda: {"loss": _history(run)[-1]["loss"]})
-    terms = _known(lambda: [f"{name} {last[name]:.4g}" for name in sorted(last, key=lambda name: (name != "loss", name))], [])
+    terms = _known(lambda: [f"{name} {last[name]:.4g}" for name in sorted(sorted(last), key="loss".__ne__)], [])
     lines = [", ".join(filter(None, words)) or "a run whose configuration cannot be read", state, ", ".join(terms)]
     return [" ".join(line.split()) for line in lines if line]
 
 
-def _state(run: Run, config: Any, metrics: Any, made: Any) -> str:
+def _state(run: Run, config: Any, metrics: Any) -> str:
     """`finished: 64,000 crops in 256 s, AMD EPYC, 2 cores` or `stopped or in training, saved at step 120 of 500`."""
+    crops = _known(lambda: f": {metrics['crops']:,} crops")
     if run.finished:
-        crops = _known(lambda: f": {metrics['crops']:,} crops")
-        # not in a notebook to be committed: two executions differ only where results do
-        took = "" if os.environ.get("BAGSSL_COMMITTED") else _known(lambda: f" in {metrics['seconds']:,.0f} s")
-        return f"finished{crops}{took}{_known(lambda: ', ' + machine(made['hardware']))}"
+        took = "" if committed() else _known(lambda: f" in {metrics['seconds']:,.0f} s")
+        return f"finished{crops}{took}{_known(lambda: ', ' + machine(run.provenance['hardware']))}"
     if not run.path.exists():
         return "its folder is gone"
-    if metrics:
-        cost = _known(lambda: f": {metrics['crops']:,} crops")
-        return f"has lost {' and '.join(run.lacks)}{cost}"
+    if run.lost:
+        return f"has lost {' and '.join(run.lost)}{crops}"
     if not (run.path / "checkpoint.pt").exists():
         return "not started, or not yet at its first checkpoint"
     step = _known(lambda: int(_checkpoint(run)["step"]), None)
@@ -210,15 +214,18 @@ def _history(run: Run) -> list[dict[str, float]]:
 
 
 def _loss_curve(history: list[dict[str, float]], width: int = 160, height: int = 48) -> str:
-    """The loss over the steps as an SVG in the colour of the text around it, without axes: lowest and highest fill it."""
-    points = _known(lambda: [(float(row["step"]), float(row["loss"])) for row in history if math.isfinite(row["loss"])], [])
+    """The loss over the steps as an SVG in the colour of the text around it: no axes, from lowest to highest."""
+    rows = _known(lambda: [(float(row["step"]), float(row["loss"])) for row in history], [])
+    points = [(step, loss) for step, loss in rows if math.isfinite(loss)]
     if len(points) < 2:
         return ""
     (first, last), losses = (points[0][0], points[-1][0]), [loss for _, loss in points]
     low, reach = min(losses), (max(losses) - min(losses)) or 1
-    places = (f"{width * (step - first) / ((last - first) or 1):.1f},{height * (1 - (loss - low) / reach):.1f}" for step, loss in points)
-    return (f'<svg width="{width}" height="{height}" viewBox="-2 -2 {width + 4} {height + 4}" role="img" aria-label="loss">'
-            f'<polyline points="{" ".join(places)}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>')  # fmt: skip
+    span = (last - first) or 1
+    places = (f"{width * (step - first) / span:.1f},{height * (1 - (loss - low) / reach):.1f}" for step, loss in points)
+    view = f'viewBox="-2 -2 {width + 4} {height + 4}" role="img" aria-label="loss"'
+    line = f'<polyline points="{" ".join(places)}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+    return f'<svg width="{width}" height="{height}" {view}>{line}</svg>'
 
 
 # ---- finding, writing and reading runs
@@ -240,10 +247,9 @@ def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | 
 
 def reopen(run: Run) -> None:
     """Take the mark from a finished run that has lost a file, so that it is trained again, and say so."""
-    lost, mark = run.lacks, run.path / "metrics.json"
-    if lost and mark.exists():
-        print(f"{run.path} has lost {' and '.join(lost)}: it is trained again", file=sys.stderr, flush=True)
-        mark.unlink()
+    if run.lost:
+        print(f"{run.path} has lost {' and '.join(run.lost)}: it is trained again", file=sys.stderr, flush=True)
+        (run.path / _MARK).unlink()
 
 
 def list_runs(root: Path | None = None) -> list[Run]:
@@ -283,7 +289,7 @@ def save_checkpoint(run: Run, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(run: Run, device: torch.device, names: Collection[str] = ()) -> dict[str, Any] | None:
-    """The state to go on from, or None. One that is damaged or lacks one of `names` counts as none: training starts again."""
+    """The state to go on from, or None: one that is damaged or lacks one of `names` counts as none, with a line."""
     path = run.path / "checkpoint.pt"
     if not path.exists():
         return None
@@ -300,8 +306,8 @@ def load_checkpoint(run: Run, device: torch.device, names: Collection[str] = ())
         return None
 
 
-def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metrics: dict, provenance: dict) -> None:
-    """Write what a finished run holds; metrics.json goes last and marks the run as finished."""
+def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metrics: dict, record: dict) -> None:
+    """Write what a finished run holds, `record` as its provenance; the mark goes last."""
     from safetensors.torch import save
 
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -313,9 +319,9 @@ def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metr
     writer.writerows(history)
     with write_atomically(run.path / "history.csv") as path:
         path.write_bytes(table.getvalue().encode())
-    write_json(run.path / "provenance.json", provenance)
+    write_json(run.path / "provenance.json", record)
     hashes = {"weights_sha256": _digest(content), "history_sha256": _digest(table.getvalue().encode())}
-    write_json(run.path / "metrics.json", {**metrics, **hashes})
+    write_json(run.path / _MARK, {**metrics, **hashes})
     drop_checkpoint(run)
 
 
@@ -326,7 +332,7 @@ def drop_checkpoint(run: Run) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises InputError, in one line, when the file is missing, is not JSON, or was damaged."""
+    """What `write_json` wrote. Raises InputError, in one line, when the file is missing, no JSON, or was damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -355,6 +361,14 @@ def _digest_of(content: dict[str, Any]) -> str:
     return _digest(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode())  # as it will be read
 
 
+def committed() -> bool:
+    """Whether what is shown stands in a notebook that will be committed: $BAGSSL_COMMITTED, by `bagssl notebooks`.
+
+    Two executions of it differ only where results do, so it shows no commit, no hour and no seconds.
+    """
+    return bool(os.environ.get("BAGSSL_COMMITTED"))
+
+
 def provenance() -> dict[str, Any]:
     """What made a result: commit and whether the checkout was changed, versions, hardware, time (UTC)."""
     commit, dirty = _commit()
@@ -376,10 +390,10 @@ def hardware() -> dict[str, Any]:
     return {"processor": _processor(), "cores": cores(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
-def machine(hardware: Mapping[str, Any]) -> str:
-    """A name for recorded hardware: the GPU, or `AMD EPYC, 2 cores`."""
-    count = hardware.get("cores", "?")
-    return hardware.get("gpu") or f"{hardware.get('processor') or 'not recorded'}, {count} core{'s' * (count != 1)}"
+def machine(record: Mapping[str, Any]) -> str:
+    """A name for what `hardware` recorded: the GPU, or `AMD EPYC, 2 cores`."""
+    count = record.get("cores", "?")
+    return record.get("gpu") or f"{record.get('processor') or 'not recorded'}, {count} core{'s' * (count != 1)}"
 
 
 def _processor() -> str:
