@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bagssl import synthetic
-from bagssl.errors import InputError
+from bagssl.errors import InputError, check_choice
 from bagssl.paths import data_root
 
 SPLITS = ("train", "test")
@@ -103,8 +103,7 @@ def load(name: str, split: str, root: Path | None = None) -> Images:
 
     Raises InputError, with the command that adds the data, when they are unknown, absent or damaged.
     """
-    if split not in SPLITS:
-        raise refusal(f"unknown split {split!r}: there are train and test")
+    check_choice("split", split, SPLITS)
     if name in EMBEDDED:
         return Images(*EMBEDDED[name](split))
     if not available(name, root):

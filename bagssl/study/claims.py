@@ -138,7 +138,8 @@ def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
     for dataset, own in rows.groupby("dataset"):
         known = [each.measure for each in CLAIMS[claim].on(dataset)]
         if not own["measure"].isin(known).any():
-            raise InputError(f"{where}: on {dataset}, none of its measures is in the rule: {'; '.join(known) or 'none'}")
+            rule = "; ".join(known) or "none"
+            raise InputError(f"{where}: on {dataset}, none of its measures is in the rule: {rule}")
     return rows
 
 
@@ -216,7 +217,8 @@ class Ruling:
     def _repr_markdown_(self) -> str:
         verdicts = " ".join(f"{each['dataset'] or 'Evidence'}: **{each['verdict']}**." for each in self.entries)
         about = CLAIMS[self.claim]
-        return f"**{self.claim}**: {about.statement} {verdicts}{f' ({about.caveat})' * bool(about.caveat)}\n\n{figures.markdown(self.rows)}"
+        caveat = f" ({about.caveat})" * bool(about.caveat)
+        return f"**{self.claim}**: {about.statement} {verdicts}{caveat}\n\n{figures.markdown(self.rows)}"
 
     def _repr_html_(self) -> str:
         about = {"claim": self.claim, "statement": CLAIMS[self.claim].statement, "caveat": CLAIMS[self.claim].caveat}
@@ -228,7 +230,7 @@ class Ruling:
 
 
 def strip(claim: str, entry: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, Any] | None:
-    """The intervals of the measure that decides, with the threshold, on a scale from 0 to 100: what strip.html.j2 draws.
+    """What strip.html.j2 draws: the intervals of the measure that decides, and the threshold, on a scale from 0 to 100.
 
     entry: a row of `ledger`; rows: from `judged`. None when no interval was measured.
     """
@@ -296,7 +298,8 @@ def ledger(results: Path, profile: str) -> pd.DataFrame:
 
 def _entry(claim: str, dataset: str, evidence: pd.DataFrame) -> dict[str, str]:
     about = CLAIMS[claim]
-    rule = "; ".join([*map(str, about.on(dataset) if dataset else about.conditions), *[about.caveat] * bool(about.caveat)])
+    conditions = about.on(dataset) if dataset else about.conditions
+    rule = "; ".join(filter(None, [*map(str, conditions), about.caveat]))
     entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, "statement": about.statement,
              "rule": rule, "verdict": MISSING}  # fmt: skip
     if evidence.empty:

@@ -14,7 +14,7 @@ import pandas as pd
 from bagssl import intervals, runs
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
-from bagssl.errors import InputError, nearest
+from bagssl.errors import InputError, check_choice
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.objectives import OBJECTIVES
 from bagssl.paths import results_root
@@ -41,36 +41,32 @@ def arms(
         if not values or len(set(values)) < len(values):
             raise InputError(f"{name} = {list(values)!r}: name at least one, and each once")
     for name, settings in overrides.items():
-        if name not in OBJECTIVES:
-            raise InputError(f"overrides for an unknown objective {name!r}; {nearest(str(name), list(OBJECTIVES))}")
+        check_choice("objective in overrides", name, OBJECTIVES)
         if not isinstance(settings, Mapping):
             raise InputError(f"overrides of {name} = {settings!r} must be a mapping of settings to values")
-    trained = [
-        PretrainConfig.from_dict(
-            {**recipe, **overrides.get(objective, {}), "objective": objective, "training": training, "seed": seed}
-        )
-        for objective in objectives
-        for training in trainings
-        for seed in seeds
-    ]
-    untrained = [PretrainConfig.from_dict({**recipe, "training": "untrained", "seed": seed}) for seed in seeds]
-    return trained + untrained
+    changes = [{**overrides.get(objective, {}), "objective": objective, "training": training, "seed": seed}
+               for objective in objectives for training in trainings for seed in seeds]  # fmt: skip
+    changes += [{"training": "untrained", "seed": seed} for seed in seeds]
+    return [PretrainConfig.from_dict({**recipe, **change}) for change in changes]
 
 
-def train_all(configs: Sequence[PretrainConfig], images: Images, **how: Any) -> list[Run]:
-    """The finished run of each configuration; what the store holds is not trained again."""
-    return [pretrain(config, images, **how) for config in configs]
+def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any) -> list[Run]:
+    """The finished run of each configuration; what the store holds is not trained again. options: of `pretrain`."""
+    return [pretrain(config, images, **options) for config in configs]
 
 
-def measure_all(trained: Sequence[Run], train: Images, test: Images, ks: Sequence[int], **how: Any) -> pd.DataFrame:
-    """One row per run, K, probe and feature, as from `evaluate`, with the arm, seed and crops it belongs to."""
+def measure_all(trained: Sequence[Run], train: Images, test: Images, ks: Sequence[int],
+                **protocol: Any) -> pd.DataFrame:
+    """One row per run, K, probe and feature, as from `evaluate`, with the arm, seed and crops it belongs to.
+
+    protocol: as of `evaluate`.
+    """
     rows = []
     for run in trained:
         config = run.config
         name = "none" if config["training"] == "untrained" else config["objective"]
         arm = {"objective": name, "training": config["training"], "seed": config["seed"], "crops": run.metrics["crops"]}
-        for row in evaluate(run, train, test, ks, **how):
-            rows.append({**arm, **row})
+        rows += [{**arm, **row} for row in evaluate(run, train, test, ks, **protocol)]
     return pd.DataFrame(rows)
 
 
@@ -123,8 +119,7 @@ def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFram
 
 def _arm(measured: pd.DataFrame, objective: str, probe: str, training: str, k: int) -> pd.DataFrame:
     name = "none" if training == "untrained" else objective
-    rows = measured[(measured[["objective", "probe", "training", "k"]] == [name, probe, training, k]).all(axis=1)]
-    return rows
+    return measured[(measured[["objective", "probe", "training", "k"]] == [name, probe, training, k]).all(axis=1)]
 
 
 def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
@@ -135,15 +130,16 @@ def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
     a, b = (rows.set_index("seed").sort_index() for rows in (a, b))
     points = (a["accuracy"] - b["accuracy"]).to_numpy(float)
     if len(points) > 1:
-        value, low, high = intervals.over_seeds(points)
+        found = intervals.over_seeds(points)
     else:
-        right, wrong = (unpack_correct(rows["correct"].iloc[0], images).astype(int) for rows in (a, b))
-        value, low, high = intervals.paired(right - wrong)
-    verdict = "above" if low > 0 else "below" if high < 0 else "undecided"
-    return {"points": value, "low": low, "high": high, "seeds": len(points), "verdict": verdict}
+        first, second = (unpack_correct(rows["correct"].iloc[0], images).astype(int) for rows in (a, b))
+        found = intervals.paired(first - second)
+    verdict = "above" if found.low > 0 else "below" if found.high < 0 else "undecided"
+    return {"points": found.value, "low": found.low, "high": found.high, "seeds": len(points), "verdict": verdict}
 
 
-def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images: int, seed: int = 0) -> dict[str, float]:
+def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images: int,
+                      seed: int = 0) -> dict[str, float]:
     """The median over pairs (a, b) of a - b, in points, and its 95 % interval.
 
     a and b as in `difference`. The interval is a bootstrap over the test images, the same for all pairs; the seeds
@@ -164,11 +160,11 @@ def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
     K = 0 was not measured.
     """
     rows = reading[reading["first"].str.startswith("patch-based") & reading["second"].str.startswith("multi-scale")]
-    crops = rows["second"] == "multi-scale, centre crop"
+    against = np.where(rows["second"] == "multi-scale, centre crop", "centre crop", "bag")
     return pd.DataFrame({
         "dataset": dataset,
         "setting": rows["objective"] + ", " + rows["probe"] + rows["first"].str.removeprefix("patch-based"),
-        "measure": np.where(crops, "patch-based bag over multi-scale centre crop", "patch-based bag over multi-scale bag"),
+        "measure": [f"patch-based bag over multi-scale {other}" for other in against],
         "value": rows["points"], "low": rows["low"], "high": rows["high"], "unit": "points",
     })  # fmt: skip
 
@@ -176,15 +172,15 @@ def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
 def sentences(reading: pd.DataFrame) -> str:
     """The differences as a Markdown list, numbers and verdicts as they stand in `reading`."""
     seeds = reading["seeds"].max()
-    how = "95 % t-interval over seeds" if seeds > 1 else "95 % paired bootstrap over test images"
-    how += f", wide because there are only {seeds} of them" if 1 < seeds < 4 else ""
+    interval = "95 % t-interval over seeds" if seeds > 1 else "95 % paired bootstrap over test images"
+    interval += f", wide because there are only {seeds} of them" if 1 < seeds < 4 else ""
     words = {"above": "is better than", "below": "is worse than", "undecided": "cannot be told from"}
     lines = [
         f"- {row['objective']}, {row['probe']} probe: {row['first']} **{words[row['verdict']]}** {row['second']}: "
         f"{row['points']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f})"
         for row in reading.to_dict("records")
     ]
-    return "\n".join([f"Differences in points of accuracy, with the {how}:", "", *lines])
+    return "\n".join([f"Differences in points of accuracy, with the {interval}:", "", *lines])
 
 
 def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images],
@@ -193,13 +189,14 @@ def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images
     for run in trained:
         shutil.copytree(run.path, output / "runs" / run.path.name, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("weights.safetensors", "checkpoint.pt", ".*"))  # fmt: skip
-    made = runs.provenance()
-    rows = {**made["versions"], **made["hardware"], "commit": made["commit"], "changed since": made["dirty"],
+    record = runs.provenance()
+    rows = {**record["versions"], **record["hardware"], "commit": record["commit"], "changed since": record["dirty"],
             **{f"{name} data": split.fingerprint[:16] for name, split in images.items()},
-            **{f"parameter {name}": str(value) for name, value in (parameters or {}).items()},
-            "runs": ", ".join(run.path.name for run in trained), "time (UTC)": made["time"]}  # fmt: skip
-    if os.environ.get("BAGSSL_COMMITTED"):  # a notebook to be committed: two executions differ only where results do
-        rows = {name: value for name, value in rows.items() if name not in ("commit", "changed since", "time (UTC)")}
+            **{f"parameter {name}": str(given) for name, given in (parameters or {}).items()},
+            "runs": ", ".join(run.path.name for run in trained), "time (UTC)": record["time"]}  # fmt: skip
+    if runs.committed():
+        for name in ("commit", "changed since", "time (UTC)"):
+            del rows[name]
     return pd.Series(rows, name="value").rename_axis("made with").to_frame()
 
 

@@ -9,8 +9,8 @@ Two losses (spectral contrastive: HaoChen et al. 2021):
     L_S = -E_joint z1.z2 + lambda E_product (z1.z2)^2          L_C = E_product [w z1.z2 - ratio]^2
 
 Expanding the square of L_C gives w^2 E_product (z1.z2)^2 - 2w E_joint z1.z2 + E_product ratio^2, because the mean of
-ratio * f over the product is the mean of f over the joint. Hence L_C = 2w L_S + E_product ratio^2 for all z if and only if
-lambda = w / 2; at any other lambda the two differ by w (w - 2 lambda) E_product (z1.z2)^2, which depends on z.
+ratio * f over the product is the mean of f over the joint. Hence L_C = 2w L_S + E_product ratio^2 for all z if and
+only if lambda = w / 2; at any other lambda the two differ by w (w - 2 lambda) E_product (z1.z2)^2, which depends on z.
 
 With U = D^1/2 z, D the diagonal of p, and A = D^-1/2 joint D^-1/2, L_C is the squared Frobenius norm of w U U^T - A:
 the optimum is the best approximation of A of rank D by Eckart and Young, and known from the eigenvectors of A.
@@ -31,7 +31,7 @@ from bagssl.errors import InputError
 Kernel = Callable[[Tensor, Tensor], Tensor]  # z [m, D], z [n, D] -> what they say of the ratio, [m, n]
 
 
-# ---------------------------------------------------------------------------------------------------- a joint
+# ---- a joint
 
 
 def marginal(joint: Tensor) -> Tensor:
@@ -84,13 +84,13 @@ def symmetric(parts: int, seed: int) -> Tensor:
     return joint / joint.sum()
 
 
-# ---------------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 def spectral_loss(z: Tensor, joint: Tensor, lam: float) -> Tensor:
     """L_S = -E_joint z1.z2 + lam E_product (z1.z2)^2 of z [P, D], a scalar."""
-    p, gram = marginal(joint), z @ z.T
-    return lam * p @ gram.square() @ p - (joint * gram).sum()
+    p, products = marginal(joint), z @ z.T
+    return lam * p @ products.square() @ p - (joint * products).sum()
 
 
 def cooccurrence_loss(z: Tensor, joint: Tensor, w: float) -> Tensor:
@@ -121,12 +121,12 @@ def optimum(joint: Tensor, dim: int, w: float) -> tuple[Tensor, Tensor]:
 def descend(joint: Tensor, dim: int, w: float, seed: int, steps: int = 500) -> tuple[Tensor, list[float]]:
     """Minimise L_C by L-BFGS from a random start: the z [P, dim] it ends with, and the loss at each evaluation.
 
-    L_C is not convex in z, but as a low-rank fit it has no local minima beside the global ones (Ge, Jin and Zheng 2017).
+    L_C is not convex in z, but as a low-rank fit it has no local minima beside the global (Ge, Jin and Zheng 2017).
     """
     generator, losses = torch.Generator().manual_seed(seed), []
     z = torch.randn(len(joint), dim, generator=generator, dtype=torch.float64).requires_grad_()
-    how = {"tolerance_grad": 1e-12, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
-    descent = torch.optim.LBFGS([z], max_iter=steps, max_eval=2 * steps, history_size=20, **how)
+    to_the_end = {"tolerance_grad": 1e-12, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
+    descent = torch.optim.LBFGS([z], max_iter=steps, max_eval=2 * steps, history_size=20, **to_the_end)
 
     def closure() -> Tensor:
         descent.zero_grad()
@@ -139,7 +139,7 @@ def descend(joint: Tensor, dim: int, w: float, seed: int, steps: int = 500) -> t
     return z.detach(), [*losses, cooccurrence_loss(z.detach(), joint, w).item()]
 
 
-# ---------------------------------------------------------------------------------------------------- what was learned
+# ---- what was learned
 
 
 def gram(first: Tensor, second: Tensor) -> Tensor:
@@ -194,7 +194,8 @@ def learned_ratio(kernel: Kernel, z: Tensor, part: Tensor, parts: int, groups: i
     for a in range(len(zs)):
         for b in range(a):
             said = kernel(zs[a].flatten(0, 1), zs[b].flatten(0, 1)).to(z)
-            for total, block in ((sums, (shown[a].T @ said @ shown[b]).double()), (counts, torch.outer(count[a], count[b]))):
+            said = (shown[a].T @ said @ shown[b]).double()
+            for total, block in ((sums, said), (counts, torch.outer(count[a], count[b]))):
                 for index in (0, a + 1, b + 1):
                     total[index] += block + block.T
     sums[1:], counts[1:] = sums[0] - sums[1:], counts[0] - counts[1:]
@@ -206,8 +207,8 @@ def fit(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[s
 
     Over all P x P pairs of parts, the diagonal as well, weighted by p(x1) p(x2), the measure of L_C. R2 = 1 - squared
     error / variance of the true ratio, with nothing fitted, so that it can be below 0. "angle k" is the largest
-    principal angle between the k first eigenvectors of the learned and of the true ratios in
-    the metric weighted by sqrt p: 0 is the same subspace, 90 means that a direction is missing altogether.
+    principal angle between the k first eigenvectors of the learned and of the true ratios in the metric weighted by
+    sqrt p: 0 is the same subspace, 90 means that a direction is missing altogether.
     """
     p = marginal(joint)
     weight, true = torch.outer(p, p), ratio(joint)
@@ -219,7 +220,8 @@ def fit(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[s
     }
     ours, theirs = (_eigen(ratios, p)[1] for ratios in (learned, true))
     for rank in ranks:
-        measures[f"angle {rank}"] = math.degrees(subspace_angles(ours[:, :rank].numpy(), theirs[:, :rank].numpy()).max())
+        angles = subspace_angles(ours[:, :rank].numpy(), theirs[:, :rank].numpy())
+        measures[f"angle {rank}"] = math.degrees(angles.max())
     return measures
 
 

@@ -85,9 +85,9 @@ def growing_bags(
         raise InputError(f"the images to look at must be places among {len(test)} test images, not {list(chosen)}")
     if not 1 <= neighbours <= len(train):
         raise InputError(f"neighbours must lie between 1 and the {len(train)} training images, not {neighbours}")
-    how = {"scale": scale, "size": size, "device": device}
-    banks = embed_bags(encoder, train.pixels, ks, seed=seed, **how)
-    queries = embed_bags(encoder, test.pixels, ks, seed=seed + 1, **how)
+    settings = {"scale": scale, "size": size, "device": device}
+    banks = embed_bags(encoder, train.pixels, ks, seed=seed, **settings)
+    queries = embed_bags(encoder, test.pixels, ks, seed=seed + 1, **settings)
     generator = torch.Generator().manual_seed(seed + 1)  # the patches that `queries` are the means of
     boxes = patches.evaluation_boxes(ks[-1], len(test), *test.pixels.shape[2:], scale, generator)[:, places]
     accuracy, votes, nearest = [], [], []
@@ -126,9 +126,9 @@ def growth_figure(bags: GrowingBags, image: int = 0, ks: Sequence[int] | None = 
         axis.grid(False, axis="x")
         for column, place in enumerate(bags.neighbours[at, image].tolist()):
             axis = figures.picture(figure.add_subplot(grid[row, 2 + column]), bags.bank.pixels[place])
-            same = bags.bank.labels[place] == label
-            axis.spines[:].set(visible=bool(same), color="#0072B2", linewidth=2.5)
-            axis.set_xlabel(classes[bags.bank.labels[place]], fontsize=7, fontweight="bold" if same else "normal")
+            own = bool(bags.bank.labels[place] == label)
+            axis.spines[:].set(visible=own, color="#0072B2", linewidth=2.5)
+            axis.set_xlabel(classes[bags.bank.labels[place]], fontsize=7, fontweight="bold" if own else "normal")
     return figure
 
 

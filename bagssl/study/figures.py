@@ -31,10 +31,11 @@ COLOURS = {"tcr": "#0072B2", "simclr": "#D55E00", "vicreg": "#009E73", "byol": "
            "moco": "#56B4E9"}  # fmt: skip
 OTHERS = ("#8C564B", "#5B5B9A", "#4D4D4D")
 GREY = "#7F7F7F"
-TITLES = {"tcr": "TCR", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL", "barlow": "Barlow Twins", "moco": "MoCo v3",
-          "none": "untrained", "knn": "kNN", "linear": "Linear probe"}  # fmt: skip
+TITLES = {"tcr": "TCR", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL", "barlow": "Barlow Twins",
+          "moco": "MoCo v3", "none": "untrained", "knn": "kNN", "linear": "Linear probe"}  # fmt: skip
 LINES = {"patch-based": ("-", "o"), "multi-scale": ((0, (4, 1.5)), "s"), "untrained": ("-", "D")}
 DASH = "–"
+_BOLD = re.compile(r"\*\*(.*?)\*\*")  # the best cell of a table
 
 
 def style() -> None:
@@ -115,7 +116,7 @@ def comparison_table(frame: pd.DataFrame, feature: str = "h") -> pd.DataFrame:
 
 
 def _texts(table: pd.DataFrame) -> list[list[str]]:
-    """Header and rows as text; a missing number is a dash, the floats of a column have the same decimals, at most two."""
+    """Header and rows as text; a missing number is a dash, the floats of a column have equal decimals, at most two."""
     named = table.reset_index() if any(name is not None for name in table.index.names) else table
 
     def texts(values: tuple) -> list[str]:
@@ -151,7 +152,8 @@ class Table:
 
     def _repr_html_(self) -> str:
         script = Path(__file__).with_name("sortable.js.j2").read_text(encoding="utf-8")
-        head, *rows = ([re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", escape(text)) for text in row] for row in _texts(self.frame))
+        texts = [[escape(text) for text in row] for row in _texts(self.frame)]
+        head, *rows = [[_BOLD.sub(r"<strong>\1</strong>", text) for text in row] for row in texts]
         html = f"<table><thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead>\n<tbody>"
         html += "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in rows) + "</tbody></table>"
         return f"""<style>
@@ -168,12 +170,12 @@ class Table:
 
 def latex(table: pd.DataFrame) -> str:
     """A LaTeX tabular for booktabs."""
-    def escape(text: str) -> str:
+    def tex(text: str) -> str:
         text = re.sub(r"([&%$#_{}])", r"\\\1", text)
-        text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
+        text = _BOLD.sub(r"\\textbf{\1}", text)
         return text.replace("±", r"$\pm$").replace(DASH, "--").replace("×", r"$\times$")
 
-    rows = [" & ".join(map(escape, row)) + r" \\" for row in _texts(table)]
+    rows = [" & ".join(map(tex, row)) + r" \\" for row in _texts(table)]
     left = len([name for name in table.index.names if name is not None])
     columns = "l" * left + "r" * len(table.columns)
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
@@ -297,8 +299,8 @@ def _heading(frame: pd.DataFrame) -> str:
     largest = trained[trained["k"] == trained["k"].max()]
     best = largest.loc[largest["accuracy_mean"].idxmax()]
     arm = ["objective", "training", "probe"]
-    same = trained[(trained[arm] == best[arm]).all(axis=1)]
-    first = same.loc[same["k"].idxmin()]
+    own = trained[(trained[arm] == best[arm]).all(axis=1)]
+    first = own.loc[own["k"].idxmin()]
     one, many = (f"{row['accuracy_mean']:.1f} % with K = {row['k']}" for row in (first, best))
     probe = title(best["probe"]).replace("Linear", "linear")
     return f"{title(best['objective'])}, {best['training']}: {one}, {many} ({probe})"
@@ -331,8 +333,9 @@ def accuracy_against_scale(frame: pd.DataFrame) -> Figure:
     sns.heatmap(grid, ax=left, cmap="crest", annot=True, fmt=".1f", cbar=False, linewidths=1)
     left.set(xlabel="patch scale (share of the area)", ylabel="K, patches in the bag", title="accuracy (%)")
     accuracy_curves(right, trained, "scale", "k", "K = {}")
-    floor = untrained[untrained["k"] == untrained["k"].max()].sort_values("scale")
-    right.plot(floor["scale"], floor["accuracy_mean"], color=GREY, marker="D", label=f"untrained, K = {floor['k'].max()}")
+    largest = untrained["k"].max()
+    floor = untrained[untrained["k"] == largest].sort_values("scale")
+    right.plot(floor["scale"], floor["accuracy_mean"], color=GREY, marker="D", label=f"untrained, K = {largest}")
     right.set(xlabel="patch scale (share of the area)")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
@@ -424,8 +427,7 @@ def similarity_maps(pixels: Tensor, maps: Mapping[str, np.ndarray], box: Sequenc
     """How similar one patch is to each place of some images: the images, then a row per kind of feature.
 
     pixels: uint8 [N, 3, H, W], of which the first shows the query's `box`; maps: title -> cosines [N, rows,
-    columns] at every `step`-th position, drawn where the centres of the patches lie. One scale from -1 to
-    1.
+    columns] at every `step`-th position, drawn where the centres of the patches lie. One scale from -1 to 1.
     """
     count, (high, wide) = len(pixels), pixels.shape[2:]
     size = (7, 0.2 + 6.3 * (1 + len(maps)) / count)

@@ -48,27 +48,27 @@ def share(per_image: np.ndarray) -> Ratio:
 
 def estimate(measure: Ratio, minus: Ratio | None = None, seed: int = 0) -> Estimate:
     """The value of a measure, or of its difference to another one of the same images, in the same order."""
-    parts = [measure] if minus is None else [measure, minus]
-    columns = np.stack([column for part in parts for column in (part.over, part.under)], axis=1)
+    sides = [measure] if minus is None else [measure, minus]
+    columns = np.stack([column for side in sides for column in (side.over, side.under)], axis=1)
 
     def value(means: np.ndarray) -> np.ndarray:
         ratios = means[:, 0::2] / means[:, 1::2]
-        return ratios[:, 0] - (ratios[:, 1] if len(parts) > 1 else 0)
+        return ratios[:, 0] - (ratios[:, 1] if len(sides) > 1 else 0)
 
     return intervals.bootstrap(columns, value, seed)[0]
 
 
 def features(encoder: nn.Module, projector: nn.Module, pixels: Tensor, boxes: Tensor, size: int,
-             **how) -> dict[str, Tensor]:
+             **options) -> dict[str, Tensor]:
     """{"h": embeddings [K, N, dim], "z": projections [K, N, D]} of boxes [K, N, 4], on the CPU.
 
     The rest as in `bags.patch_embeddings`; the projector works where it lies.
     """
-    h = bags.patch_embeddings(encoder, pixels, boxes, size, **how)
+    h = bags.patch_embeddings(encoder, pixels, boxes, size, **options)
     device = next((parameter.device for parameter in projector.parameters()), "cpu")
     with torch.inference_mode():
-        parts = [projector(part.to(device)).float().cpu() for part in h.flatten(0, 1).split(2**14)]
-    return {"h": h, "z": torch.cat(parts).view(*h.shape[:2], -1)}
+        z = torch.cat([projector(block.to(device)).float().cpu() for block in h.flatten(0, 1).split(2**14)])
+    return {"h": h, "z": z.view(*h.shape[:2], -1)}
 
 
 def another(count: int, seed: int = 0) -> Tensor:
@@ -158,8 +158,8 @@ def position(features: Tensor, boxes: Tensor, seed: int = 0) -> Ratio:
     order = torch.randperm(features.shape[1], generator=Generator().manual_seed(seed))
     train, test = order.tensor_split(2)
     x, x_test = (features[:, half].flatten(0, 1).double().numpy() for half in (train, test))
-    parts = GroupKFold(min(5, len(train))).split(x, groups=train.repeat(len(features)).numpy())
-    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 7, 9), cv=list(parts)))
+    folds = GroupKFold(min(5, len(train))).split(x, groups=train.repeat(len(features)).numpy())
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 7, 9), cv=list(folds)))
     found = torch.from_numpy(model.fit(x, centres[:, train].flatten(0, 1).numpy()).predict(x_test))
     wanted = centres[:, test]
     rest = (found.view_as(wanted) - wanted).square().sum(dim=2).mean(dim=0)
@@ -195,20 +195,20 @@ def neighbours(features: Tensor, labels: Tensor, boxes: Tensor | None = None,
 
     for rows in torch.arange(len(flat)).split(max(1, BLOCK // len(flat))):
         cosine, own = flat[rows] @ flat.T, image[rows, None] == image
-        same = {"same class": label[rows, None] == label}
-        images = {"same image": torch.ones_like(own).scatter_(1, rows[:, None], False)}  # all but the query
+        shared = {"same class": label[rows, None] == label}
+        others = {"same image": torch.ones_like(own).scatter_(1, rows[:, None], False)}  # all but the query
         if place is not None:
             side = place[rows, None, 2]
             offset = (place[rows, None, :2] - place[None, :, :2]).abs()
-            same["same position"] = offset.norm(dim=2) <= side / 2
-            images["same image, apart"] = (offset >= side[..., None]).any(dim=2) | ~own
-        for name, allowed in images.items():
-            nearest = cosine.masked_fill(~allowed, -2).argmax(dim=1)
-            add(name, image[nearest] == image[rows], own, allowed)
-        nearest = cosine.masked_fill(own, -2).topk(k, dim=1).indices
-        for name, wanted in same.items():
-            add(name, wanted.gather(1, nearest).double().mean(dim=1), wanted, ~own)
-    each = {name: torch.cat(parts).view(n, count, 2).mean(dim=1).numpy() for name, parts in found.items()}
+            shared["same position"] = offset.norm(dim=2) <= side / 2
+            others["same image, apart"] = (offset >= side[..., None]).any(dim=2) | ~own
+        for name, allowed in others.items():
+            first = cosine.masked_fill(~allowed, -2).argmax(dim=1)
+            add(name, image[first] == image[rows], own, allowed)
+        closest = cosine.masked_fill(own, -2).topk(k, dim=1).indices
+        for name, wanted in shared.items():
+            add(name, wanted.gather(1, closest).double().mean(dim=1), wanted, ~own)
+    each = {name: torch.cat(blocks).view(n, count, 2).mean(dim=1).numpy() for name, blocks in found.items()}
     return {name: (share(both[:, 0]), share(both[:, 1])) for name, both in each.items()}
 
 
@@ -287,7 +287,7 @@ def whitened(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 def measures(
     encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,
-    count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0, **how,
+    count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0, **options,
 ) -> dict[tuple[str, str, str], Ratio]:
     """All of the above on `count` patches per image: {("h" or "z", "patch" or "bag", name): measure}.
 
@@ -298,7 +298,7 @@ def measures(
     generator = Generator().manual_seed(seed)
     boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, generator)
     inner = inner_boxes(count, pixels, scale, shifts, seed)
-    found, before = (features(encoder, projector, pixels, each, size, **how) for each in (boxes, inner))
+    found, before = (features(encoder, projector, pixels, each, size, **options) for each in (boxes, inner))
     table: dict[tuple[str, str, str], Ratio] = {}
     for feature, each in found.items():
         table[feature, "patch", "position R2"] = position(each, boxes, seed)
@@ -308,10 +308,10 @@ def measures(
             for name, (own, chance) in shares.items():
                 table |= {(feature, level, name): own, (feature, level, f"{name} by chance"): chance}
     for name, change in changes(pixels, inner, shifts, seed).items():
-        for feature, after in features(encoder, projector, *change, size, **how).items():
+        for feature, after in features(encoder, projector, *change, size, **options).items():
             plain = (before[feature], after)
-            for how_far, pair in (("sensitivity", plain), ("sensitivity, whitened", whitened(*plain))):
-                table[feature, "patch", f"{name} {how_far}"] = sensitivity(*pair, seed)
+            for measure, pair in (("sensitivity", plain), ("sensitivity, whitened", whitened(*plain))):
+                table[feature, "patch", f"{name} {measure}"] = sensitivity(*pair, seed)
                 bagged = (each.mean(dim=0, keepdim=True) for each in pair)
-                table[feature, "bag", f"{name} {how_far}"] = sensitivity(*bagged, seed)
+                table[feature, "bag", f"{name} {measure}"] = sensitivity(*bagged, seed)
     return table

@@ -226,7 +226,8 @@ def test_the_records_of_runs_are_kept_without_their_weights(images, finished, tm
 
 def test_an_outsiders_objective_and_dataset_appear_in_the_table(monkeypatch, tmp_path):
     """One function and one name each, as the README says under "Change one thing"."""
-    def toy(z, *, weight=1.0):
+    @objectives.objective(weight=1.0)
+    def toy(z, weight):
         return {"loss": weight * (z.square().mean() - 1) ** 2 + z.var(0).mean()}
 
     def stripes(split):
@@ -235,7 +236,7 @@ def test_an_outsiders_objective_and_dataset_appear_in_the_table(monkeypatch, tmp
         pixels = torch.stack([lines.expand(16, 16), lines.expand(16, 16).T])[labels] * 200 + len(split)
         return pixels[:, None].repeat(1, 3, 1, 1).byte(), labels, ("across", "along")
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "toy", toy)
+    monkeypatch.setitem(objectives.OBJECTIVES, "toy", objectives.OBJECTIVES.pop("toy"))  # forgotten at the end
     monkeypatch.setitem(data.EMBEDDED, "stripes", stripes)
     recipe = {**RECIPE, "dataset": "stripes"}
     arms = comparison.arms(["toy"], [0], recipe, {"toy": {"options": {"weight": 2.0}}}, ["patch-based"])
