@@ -1,6 +1,5 @@
 """The committed notebooks as documents: their shape, their captions, and prose that takes no figure from a result."""
 
-import itertools
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def prose(cell) -> str:
 
 
 def typed_figures(notebook) -> list[str]:
-    """Decimals, percentages and points in markdown cells, and any figure of three digits that an output shows as well."""
+    """Decimals, percentages and points in markdown cells, and any figure of three digits that an output shows too."""
     words = [prose(cell) for cell in notebook.cells if cell.cell_type == "markdown"]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = " ".join(output.get("data", {}).get("text/markdown", output.get("text", "")) for output in outputs)
@@ -71,14 +70,56 @@ def test_every_notebook_has_the_shape_of_the_house(notebook):
     assert all(cell.execution_count for cell in cells if cell.cell_type == "code"), "executed, from top to bottom"
 
 
-def test_every_figure_has_a_caption(notebook):
-    cells = notebook.cells
-    drawn = [index for index, cell in enumerate(cells) if cell.cell_type == "code" and "save_figure(" in cell.source]
-    assert drawn
-    for index in drawn:
-        after = itertools.takewhile(lambda cell: "save_figure(" not in cell.source, cells[index + 1 :])
-        caption = re.compile(r"\A\*[^*]|Markdown\(f?\"\*[^*]")
-        assert any(caption.search(cell.source) for cell in after), cells[index].source
+SAVES = re.compile(r"\b(save_figure|write_table)\(")
+NAMED = re.compile(SAVES.pattern + r'.*?\boutput, f?"([^"]+)"')
+
+
+def tag_faults(notebook) -> list[str]:
+    """What the tags leave open: a figure or table that is saved and has no caption of its name, a caption of none."""
+    cells, saved, faults = notebook.cells, [], []
+    for source in (cell.source for cell in cells if cell.cell_type == "code"):
+        names = [("figures/" if kind == "save_figure" else "tables/") + re.sub(r"\{.*?\}", "*", name)
+                 for kind, name in NAMED.findall(source)]
+        faults += [f"no name in {source}"] * (len(names) != len(SAVES.findall(source)))
+        saved += names
+    captions = {}
+    for cell in cells:
+        displayed = [output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", [])]
+        words = cell.source if cell.cell_type == "markdown" else "".join(displayed)
+        captions |= {tag.removeprefix("caption:"): words.strip() for tag in tags_of(cell) if tag.startswith("caption:")}
+    faults += [f"no caption of {name}" for name in saved if name not in captions]
+    faults += [f"a caption of {name}, which is not saved" for name in captions if name not in saved]
+    faults += [f"no words on {name}" for name, words in captions.items() if not words or words[0] in "#|"]
+    claims = [number for number, cell in enumerate(cells) if "claim" in tags_of(cell)]
+    faults += ["not one claim, in the first cell"] * (claims != [0])
+    return faults + ["no reading"] * (not any("reading" in tags_of(cell) for cell in cells))
+
+
+def tags_of(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def test_every_figure_and_table_has_a_caption_that_names_it(notebook):
+    assert tag_faults(notebook) == []
+
+
+@pytest.mark.parametrize(("number", "tags", "source", "fault"), [
+    (0, [], None, "not one claim, in the first cell"), (3, ["claim"], None, "not one claim, in the first cell"),
+    (1, [], "figures.save_figure(figure, output, name)", "no name in "), (3, [], None, "no reading"),
+    (1, [], 'figures.save_figure(figure, output, f"{name}_curve")', "no caption of figures/*_curve"),
+    (2, [], None, "no caption of figures/curve"), (2, ["caption:figures/curves"], None, "no caption of figures/curve"),
+    (2, ["caption:figures/curve", "caption:tables/curve"], None, "a caption of tables/curve, which is not saved"),
+    (2, ["caption:figures/curve"], "## A heading", "no words on figures/curve"),
+])  # fmt: skip
+def test_a_figure_without_a_caption_is_found(number, tags, source, fault):
+    new, tagged = nbformat.v4, lambda *tags: {"tags": list(tags)}
+    cells = [new.new_markdown_cell("# A title", metadata=tagged("claim")),
+             new.new_code_cell('figures.save_figure(figure, output, "curve")', metadata=tagged()),
+             new.new_markdown_cell("*A curve.*", metadata=tagged("caption:figures/curve")),
+             new.new_markdown_cell("It rises.", metadata=tagged("reading"))]
+    assert tag_faults(new.new_notebook(cells=cells)) == []
+    cells[number].metadata.tags, cells[number].source = tags, source or cells[number].source
+    assert any(found.startswith(fault) for found in tag_faults(new.new_notebook(cells=cells)))
 
 
 def test_every_notebook_checks_its_parameters_first(notebook):

@@ -46,7 +46,7 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run bagssl from a checkout of the project") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
         raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
 
     def section(value: Any, where: str, required: set[str]) -> dict:

@@ -1,4 +1,4 @@
-"""Several notebooks side by side: each in a process of its own, one line in the terminal for all, one Ctrl-C for all."""
+"""Several notebooks side by side: each in a process of its own, one line in the terminal and one Ctrl-C for all."""
 
 from __future__ import annotations
 

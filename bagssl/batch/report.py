@@ -1,14 +1,17 @@
 """The gallery: results/index.html, one page that needs no server and no network, made from what results/ holds.
 
-What it says comes from the ledger, the tables and figures, and the executed notebooks (title, captions, reading).
+What it says comes from the ledger, the tables and figures, and the executed notebooks: title, claim, captions and
+reading, which these name by the tags of their cells.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from PIL import Image
 
 from bagssl.batch.experiments import PROFILES
 from bagssl.errors import InputError
+from bagssl.parameters import notebook_cells
 from bagssl.paths import results_root, write_atomically
 from bagssl.runs import read_json
 from bagssl.study import claims, figures
@@ -40,9 +44,9 @@ def write_report(results: Path | None = None) -> Path:
     profiles = [_profile(root, name) for name in PROFILES if claims.experiment_folders(root, name)]
     if not profiles:
         raise InputError(f"there are no results in {root}; `bagssl reproduce` makes them")
-    page = figures.render(
-        "report.html.j2", Path(__file__).parent, profiles=profiles, verdicts=(claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING),
-        paper=figures.paper_values().to_dict("records"))  # fmt: skip
+    verdicts = (claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING)
+    page = figures.render("report.html.j2", Path(__file__).parent, profiles=profiles, verdicts=verdicts,
+                          paper=figures.paper_values().to_dict("records"))  # fmt: skip
     with write_atomically(root / "index.html") as path:
         path.write_text(page, encoding="utf-8")
     return root / "index.html"
@@ -59,33 +63,34 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
             shown: dict[str, list] = {}  # rule -> what it decides on, worst first
             for row in rows.to_dict("records"):
                 shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
-            datasets.append({**entry, "caveat": claims.CLAIMS[claim].caveat, "experiment": entry["table"].split("/")[0], "rows": shown,
-                             "strip": claims.strip(claim, entry, rows)})  # fmt: skip
+            datasets.append({**entry, "caveat": claims.CLAIMS[claim].caveat, "experiment": entry["table"].split("/")[0],
+                             "rows": shown, "strip": claims.strip(claim, entry, rows)})  # fmt: skip
         verdicts = set(entries["verdict"])
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)
         cards.append({"claim": claim, "statement": entries["statement"].iloc[0], "datasets": datasets,
                       "verdict": next(each for each in order if each in verdicts)})  # fmt: skip
-    found = [_experiment(folder) for folder in claims.experiment_folders(root, name)]
+    experiments = [_experiment(folder) for folder in claims.experiment_folders(root, name)]
     decided = {(row.claim, row.dataset): row.verdict for row in ledger.itertuples()}
-    for each in found:
+    for each in experiments:
         own = evidence[evidence["experiment"] == each["name"]]
         pairs = dict.fromkeys(zip(own["claim"], own["dataset"], strict=True))
         each["decides"] = [(*pair, decided[pair]) for pair in pairs]
         each["badges"] = list(dict.fromkeys((claim, verdict) for claim, _, verdict in each["decides"]))
-    found.sort(key=lambda each: (each["notebook"], each["name"]))
-    return {"name": name, "claims": cards, "experiments": found, "hardware": sorted({e["hardware"] for e in found})}
+    experiments.sort(key=lambda each: (each["notebook"], each["name"]))
+    hardware = sorted({each["hardware"] for each in experiments})
+    return {"name": name, "claims": cards, "experiments": experiments, "hardware": hardware}
 
 
 # ---- one experiment
 
 
 def _experiment(folder: Path) -> dict[str, Any]:
-    made, notebook = read_json(folder / "provenance.json"), folder / f"{folder.name}.ipynb"
+    provenance, notebook = read_json(folder / "provenance.json"), folder / f"{folder.name}.ipynb"
     story, page = _story(notebook), notebook.with_suffix(".html")
     if story["title"] and not page.exists():  # pages of committed results are not committed
         with write_atomically(page) as path:
             path.write_text(notebook_page(notebook), encoding="utf-8")
-    dataset = next(iter(made.get("data") or {}), "")
+    dataset = next(iter(provenance.get("data") or {}), "")
     artefact = folder.name.removesuffix(f"-{dataset}")
     pictures = sorted(folder.glob("figures/*.png"))
     shown = [path for path in sorted(folder.glob("tables/*.md")) if not path.stem.startswith("claim_c")]
@@ -97,11 +102,11 @@ def _experiment(folder: Path) -> dict[str, Any]:
     for each in (images, tables):
         each.sort(key=lambda item: item["place"])
     lines = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1))
-             for name, value in made.items()]  # fmt: skip
+             for name, value in provenance.items()]  # fmt: skip
     return {
-        "name": folder.name, "dataset": dataset, "notebook": str(made.get("notebook", "")), "provenance": lines,
-        "hardware": claims.hardware(folder), "title": story["title"] or folder.name, "figures": images, "tables": tables,
-        "claim": _inline(story["claim"]), "says": _html(story["says"]),
+        "name": folder.name, "dataset": dataset, "notebook": str(provenance.get("notebook", "")), "provenance": lines,
+        "hardware": claims.hardware(folder), "title": story["title"] or folder.name, "figures": images,
+        "tables": tables, "claim": _inline(story["claim"]), "says": _html(story["says"]),
         "files": {suffix: f"{folder.name}/{folder.name}.{suffix}" for suffix in ("html", "ipynb")
                   if (folder / f"{folder.name}.{suffix}").exists()},
     }  # fmt: skip
@@ -109,10 +114,10 @@ def _experiment(folder: Path) -> dict[str, Any]:
 
 def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:
     """Name, place and caption in the notebook, files (suffix -> path from results/<profile>) of a figure or table."""
-    found = {suffix: path.with_suffix(f".{suffix}") for suffix in suffixes}
-    files = {suffix: "/".join(each.parts[-3:]) for suffix, each in found.items() if each.exists()}
-    captions = [*story["captions"].items(), ("*", "")]
-    place, caption = next((i, words) for i, (name, words) in enumerate(captions) if fnmatchcase(f"{path.parent.name}/{path.stem}", name))
+    paths = {suffix: path.with_suffix(f".{suffix}") for suffix in suffixes}
+    files = {suffix: "/".join(each.parts[-3:]) for suffix, each in paths.items() if each.exists()}
+    name, captions = f"{path.parent.name}/{path.stem}", [*story["captions"].items(), ("*", "")]
+    place, caption = next((i, words) for i, (tag, words) in enumerate(captions) if fnmatchcase(name, tag))
     return {"name": path.stem, "place": place, "caption": _inline(caption), "files": files}
 
 
@@ -182,42 +187,40 @@ class _Page(HTMLExporter):
 
 def notebook_page(path: Path) -> str:
     """The HTML of an executed notebook."""
-    here = Path(__file__).parent
-    return _Page(extra_template_basedirs=[str(here)], template_file=str(here / "notebook.html.j2")).from_filename(str(path))[0]
+    folder = Path(__file__).parent
+    page = _Page(extra_template_basedirs=[str(folder)], template_file=str(folder / "notebook.html.j2"))
+    return page.from_filename(str(path))[0]
 
 
 def _story(notebook: Path) -> dict[str, Any]:
-    """Title, claim, captions and reading of an executed notebook of the project's shape; empty where it has none."""
-    found: dict[str, Any] = {"title": "", "claim": "", "says": "", "captions": {}}
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return found
-    before, waiting, saying = "", [], False
-    for cell in cells:
-        source, texts = "".join(cell["source"]), []
-        if cell["cell_type"] == "markdown":
-            texts = [source]
-        else:
-            for kind, name in re.findall(r'(save_figure|write_table)\(.*?\boutput, f?"([^"]+)"', source, re.DOTALL):
-                folder = "figures" if kind == "save_figure" else "tables"
-                waiting.append(f"{folder}/" + re.sub(r"\{.*?\}", "*", name))  # its caption comes next, or came before
-                found["captions"].setdefault(waiting[-1], before)
-            texts = ["".join(each["data"]["text/markdown"]) for each in cell.get("outputs", [])
-                     if "text/markdown" in each.get("data", {})]  # fmt: skip
-        for paragraph in (each.strip() for text in texts for each in text.split("\n\n") if each.strip()):
-            if paragraph.startswith("# ") and not found["title"]:
-                found["title"] = paragraph.removeprefix("# ")
-            elif paragraph.startswith("#"):
-                before, waiting, saying = "", [], bool(re.match(r"#+ What it says", paragraph))
-            elif re.match(r"\*[^*]", paragraph):
-                found["captions"] |= dict.fromkeys(waiting, paragraph.strip("* "))
-                waiting = []
-            elif not paragraph.startswith("|"):
-                found["claim"] = found["claim"] or paragraph
-                before = paragraph if cell["cell_type"] == "markdown" else before
-                found["says"] += f"{paragraph}\n\n" if saying else ""
-    return found
+    """What an executed notebook says of itself by the tags of its cells; empty where it has none.
+
+    `claim`: the title and, in the paragraph below, what it is about. `caption:figures/gain`: the first paragraph is the
+    caption of that figure, or of tables/...; * in the name stands for anything. `reading`: what the results say, all
+    paragraphs but headings, tables and captions. A markdown cell says its source, a code cell what it displays.
+    """
+    story: dict[str, Any] = {"title": "", "claim": "", "says": "", "captions": {}}
+    for tags, paragraphs in _tagged(notebook):
+        if "claim" in tags:
+            title, claim, *_ = *paragraphs, ""
+            story |= {"title": title.removeprefix("# "), "claim": claim}
+        names = [tag.removeprefix("caption:") for tag in tags if tag.startswith("caption:")]
+        story["captions"] |= dict.fromkeys(names, paragraphs[0].strip("*: "))
+        if "reading" in tags:
+            silent = re.compile(r"#.*|\|.*|\*[^*].*\*", re.DOTALL)  # headings, tables, captions in italics
+            story["says"] += "".join(f"{text}\n\n" for text in paragraphs if not silent.fullmatch(text))
+    return story
+
+
+def _tagged(notebook: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """The tags and the paragraphs of each cell that has both."""
+    with contextlib.suppress(InputError, AttributeError, KeyError, TypeError):  # damaged, it says nothing
+        for cell in notebook_cells(notebook):
+            shown = [output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", ())]
+            texts = [cell["source"]] if cell["cell_type"] == "markdown" else shown
+            paragraphs = [each.strip() for text in texts for each in "".join(text).split("\n\n") if each.strip()]
+            if (tags := cell["metadata"].get("tags")) and paragraphs:
+                yield tags, paragraphs
 
 
 class _Words(_Formulas, mistune.HTMLRenderer):

@@ -163,7 +163,8 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
         os.replace(partial, failed)
         return outcome
     (partial / "log.txt").unlink()
-    write_record(partial / "provenance.json", {**provenance, "end": iso_time(time.time()), "seconds": round(seconds, 1)})
+    provenance |= {"end": iso_time(time.time()), "seconds": round(seconds, 1)}
+    write_record(partial / "provenance.json", provenance)
     record = {"state": "done", "key": stage.key, "data": stage.data, "files": hashes(partial)}
     write_record(partial / "status.json", record)
     _swap(partial, stage.folder, old)

@@ -128,9 +128,12 @@ def state(stage: Stage) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file of a result folder -> SHA-256; not status.json, which holds them, nor pages, which follow from notebooks."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "status.json" and path.suffix != ".html")
-    return {path.relative_to(folder).as_posix(): _file_hash(path) for path in files}
+    """Every file of a result folder -> SHA-256.
+
+    Not of status.json, which holds them, nor of pages, which follow from notebooks.
+    """
+    return {path.relative_to(folder).as_posix(): _file_hash(path) for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "status.json" and path.suffix != ".html"}
 
 
 def read_record(path: Path) -> dict:

@@ -22,25 +22,26 @@ from bagssl.study import claims, figures
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 NAME = "<img src=x onerror=alert(3)> & #1"
-STORY = [
-    ("markdown", f"# A title {HOSTILE}\n\nThe claim {HOSTILE} in a sentence.\n\nAnother paragraph."),
-    ("code", 'figures.save_figure(figure, output, "curve")', ""),
-    ("markdown", "*What to see: [here](javascript:alert(4)) ![there](https://example.org/x.png).*\n\nMore."),
-    ("code", 'figures.write_table(table, output, "accuracy")', "| a |\n| - |\n| 1 |\n"),
-    ("code", "Markdown(how)", "*Accuracy in per cent.*"),
-    ("markdown", "## What it says"),
-    ("code", "Markdown(reading)", f"- one: **+3.0 points**\n- two {HOSTILE}"),
-    ("markdown", "## Provenance"),
-    ("code", "made", "not of the reading"),
+STORY = [  # tags, source, and what a code cell displays
+    (["claim"], f"# A title {HOSTILE}\n\nThe claim {HOSTILE} in a sentence.\n\nAnother paragraph."),
+    ([], 'figures.save_figure(figure, output, "curve")', ""),
+    (["caption:figures/cur*"], "*What to see: [here](javascript:alert(4)) ![there](https://example.org/x.png).*\n\nMore."),
+    ([], 'figures.write_table(table, output, "accuracy")', "| a |\n| - |\n| 1 |\n"),
+    (["nbval-ignore-output", "caption:tables/accuracy", "caption:tables/other"], "Markdown(words)", "*In per cent.*"),
+    (["caption:tables/rule", "reading"], "*A caption, too.*\n\n## What it says\n\n*By* a rule."),
+    (["reading"], "Markdown(reading)", f"- one: **+3.0 points**\n- two {HOSTILE}\n\n| a |\n| - |\n| 1 |"),
+    ([], "## Provenance"),
+    ([], "provenance", "not of the reading"),
 ]
 
 
 def story(cells=STORY) -> str:
-    made = []
-    for kind, source, *output in cells:
-        data = [{"output_type": "display_data", "data": {"text/markdown": output[0]}}] if output else []
-        made.append({"cell_type": kind, "source": source} | ({"outputs": data} if kind == "code" else {}))
-    return json.dumps({"cells": made})
+    written = []
+    for tags, source, *outputs in cells:
+        data = [{"output_type": "display_data", "data": {"text/markdown": text}} for text in outputs]
+        kind = {"cell_type": "code", "outputs": data} if data else {"cell_type": "markdown"}
+        written.append({"source": source, "metadata": {"tags": tags} if tags else {}} | kind)
+    return json.dumps({"cells": written})
 
 
 def accuracies() -> pd.DataFrame:
@@ -51,16 +52,17 @@ def accuracies() -> pd.DataFrame:
 
 def write_experiment(results: Path, profile: str, name: str, dataset: str = "cifar10") -> Path:
     folder = results / profile / name
-    good = [{**GOOD, "measure": each.measure, "dataset": dataset, "setting": HOSTILE} for each in claims.CLAIMS["C2"].conditions]
+    good = [{**GOOD, "measure": each.measure, "dataset": dataset, "setting": HOSTILE}
+            for each in claims.CLAIMS["C2"].conditions]
     claims.write_evidence(folder, "C2", pd.DataFrame(good))
     figures.write_table(accuracies(), folder, "accuracy")
     (folder / "figures").mkdir()
     Image.new("RGB", (1400, 700), "red").save(folder / "figures/curve.png")
     (folder / f"{name}.ipynb").write_text(story())
     (folder / f"{name}.html").write_text("<p>executed</p>")
-    made = {"experiment": name, "notebook": "02.ipynb", "data": {dataset: "0123"}, "commit": HOSTILE,
-            "parameters": {"name": HOSTILE}, "hardware": {"processor": HOSTILE, "cores": 2, "gpu": None}}
-    (folder / "provenance.json").write_text(json.dumps(made))
+    provenance = {"experiment": name, "notebook": "02.ipynb", "data": {dataset: "0123"}, "commit": HOSTILE,
+                  "parameters": {"name": HOSTILE}, "hardware": {"processor": HOSTILE, "cores": 2, "gpu": None}}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
     return folder
 
 
@@ -102,8 +104,9 @@ def faults(source: str, root: Path) -> list[str]:
             found.append(f"no file {target}")
     scripts = sum(tag == "script" for tag, _ in page.tags)
     styles = source.partition("<style>")[2].partition("</style>")[0]
-    return found + [f"{scripts} scripts"] * (scripts != 1) + ["a style that loads"] * ("url(" in styles or "@import" in styles) \
-        + ["an id twice"] * (len(set(ids)) < len(ids))
+    found += [f"{scripts} scripts"] * (scripts != 1)
+    found += ["a style that loads"] * ("url(" in styles or "@import" in styles)
+    return found + ["an id twice"] * (len(set(ids)) < len(ids))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,8 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(results, source):
 
 @pytest.mark.parametrize(("added", "fault"), [
     ('<img src="https://example.org/x.png">', "img from"), ("<script>alert(1)</script>", "2 scripts"),
-    ('<script src="http://example.org/x.js"></script>', "script from"), ('<link rel="stylesheet" href="x.css">', "a link"),
+    ('<script src="http://example.org/x.js"></script>', "script from"),
+    ('<link rel="stylesheet" href="x.css">', "a link"),
     ('<p onclick="alert(1)">', "p with onclick"), ('<a href="#nowhere">', "no #nowhere"),
     ('<a href="smoke/gone.html">', "no file smoke/gone.html"), ('<a href="javascript:alert(1)">', "no file javascript"),
     ('<p id="smoke">', "an id twice"),
@@ -154,14 +158,18 @@ def test_each_profile_experiment_and_claim_has_its_place(results, source):
     assert "+3.0 points (2.0 to 4.0)" in Page(source).text
 
 
-def test_title_captions_and_reading_come_from_the_executed_notebook(tmp_path):
+def test_title_captions_and_reading_come_from_the_tags_of_the_executed_notebook(tmp_path):
     (tmp_path / "one.ipynb").write_text(story())
     found = report._story(tmp_path / "one.ipynb")
     assert found["title"] == f"A title {HOSTILE}" and found["claim"] == f"The claim {HOSTILE} in a sentence."
-    assert found["captions"]["figures/curve"].startswith("What to see")
-    assert found["captions"]["tables/accuracy"] == "Accuracy in per cent."
-    assert found["says"].startswith("- one: **+3.0 points**") and "not of the reading" not in found["says"]
-    for damaged in ("", "{}", "[1]", '{"cells": []}'):  # the page then does without
+    captions = found["captions"]
+    assert list(captions) == ["figures/cur*", "tables/accuracy", "tables/other", "tables/rule"]
+    assert captions["figures/cur*"].startswith("What to see") and captions["figures/cur*"].endswith("x.png).")
+    assert captions["tables/accuracy"] == captions["tables/other"] == "In per cent."
+    assert found["says"] == f"*By* a rule.\n\n- one: **+3.0 points**\n- two {HOSTILE}\n\n"
+    (tmp_path / "one.ipynb").write_text(story([([], *cell[1:]) for cell in STORY]))
+    assert not any(report._story(tmp_path / "one.ipynb").values()), "without tags it says nothing"
+    for damaged in ("", "{}", "[1]", '{"cells": []}', '{"cells": [{}]}', '{"cells": [1]}'):  # the page does without
         (tmp_path / "one.ipynb").write_text(damaged)
         assert report._story(tmp_path / "one.ipynb")["title"] == ""
 
@@ -235,8 +243,9 @@ def test_formulas_are_mathml_and_never_markup():
 
 
 def test_the_page_of_a_notebook_loads_nothing_and_sets_its_formulas(tmp_path):
+    output = nbformat.v4.new_output("display_data", {"text/markdown": "$x*y*z$"})
     cells = [nbformat.v4.new_markdown_cell("# Title\n\nWith $z_1$, `$not_this$`, and\n\n$$\n\\frac{a}{b}\n$$\n"),
-             nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", {"text/markdown": "$x*y*z$"})])]
+             nbformat.v4.new_code_cell("1", outputs=[output])]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
     page = Page(report.notebook_page(tmp_path / "a.ipynb"))
     assert not [tag for tag, _ in page.tags if tag == "script"]
