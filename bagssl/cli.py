@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a time limit, 130 by Ctrl-C or SIGTERM."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a time limit, 130 by Ctrl-C, SIGTERM."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class _Parser(argparse.ArgumentParser):
 def duration(text: str) -> float:
     """Seconds: 90, 90s, 9m, 1h30m."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    parts = match.groups(default="0") if match else ("0", "0", "0")
-    seconds = sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+    numbers = match.groups(default="0") if match else ("0", "0", "0")
+    seconds = sum(float(number) * unit for number, unit in zip(numbers, (3600, 60, 1), strict=True))
     if not seconds > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90s, 9m or 1h30m")
     return seconds
@@ -70,9 +70,9 @@ def reproduce(arguments: argparse.Namespace) -> int:
         if arguments.jobs > 1 or arguments.fresh:
             raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
         return reproduce.reproduce_bare(arguments.experiment, arguments.profile, assignments(arguments.set),
-                                          time_limit=arguments.time_limit)
+                                        time_limit=arguments.time_limit)
     return reproduce.reproduce(arguments.experiment, arguments.profile, assignments(arguments.set),
-                                 jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
+                               jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
 
 
 def list_experiments(arguments: argparse.Namespace) -> int:
@@ -175,51 +175,52 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
 
     def command(name: str, run, text: str, group=commands) -> argparse.ArgumentParser:
-        made = group.add_parser(name, help=text, description=text, allow_abbrev=False)
-        made.set_defaults(run=run)
-        return made
+        options = group.add_parser(name, help=text, description=text, allow_abbrev=False)
+        options.set_defaults(run=run)
+        return options
 
-    made = command("reproduce", reproduce, "Execute notebooks into results/; what is fresh is kept.")
-    made.add_argument("experiment", nargs="*", help="names from `bagssl list`; none: all with the profile")
-    made.add_argument("--profile", default="smoke", help="smoke (default), laptop or paper")
-    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
-    made.add_argument("--jobs", type=positive, default=1, metavar="N", help="notebooks side by side")
-    made.add_argument("--fresh", action="store_true", help="execute even what is fresh")
-    made.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
-    made.add_argument("--bare", action="store_true",
-                      help="without Jupyter, in this process: trains and measures the models, on a box that only trains")
+    options = command("reproduce", reproduce, "Execute notebooks into results/; what is fresh is kept.")
+    options.add_argument("experiment", nargs="*", help="names from `bagssl list`; none: all with the profile")
+    options.add_argument("--profile", default="smoke", help="smoke (default), laptop or paper")
+    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
+    options.add_argument("--jobs", type=positive, default=1, metavar="N", help="notebooks side by side")
+    options.add_argument("--fresh", action="store_true", help="execute even what is fresh")
+    options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+    options.add_argument("--bare", action="store_true",
+                         help="without Jupyter, in this process: for a box that only trains and measures models")
 
     command("list", list_experiments, "Show experiments: paper artefact, notebook, cost per profile, state.")
     command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
 
-    made = command("data", None, "List, fetch, add and check datasets.")
-    actions = made.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
+    options = command("data", None, "List, fetch, add and check datasets.")
+    actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
     command("list", data_list, "Show the datasets, and which are here.", actions)
     command("get", data_get, "Download cifar10 or cifar100.", actions).add_argument("name")
-    made = command("add", data_add, "Read train/CLASS/*.png and test/CLASS/*.png into the cache.", actions)
-    made.add_argument("name")
-    made.add_argument("path", help="the folder that holds train/ and test/")
-    made.add_argument("--size", type=positive, help="resize to this side in pixels")
-    made.add_argument("--force", action="store_true", help="replace a dataset of this name")
-    made = command("check", data_check, "Recompute the SHA-256 of a cached dataset.", actions)
-    made.add_argument("name")
+    options = command("add", data_add, "Read train/CLASS/*.png and test/CLASS/*.png into the cache.", actions)
+    options.add_argument("name")
+    options.add_argument("path", help="the folder that holds train/ and test/")
+    options.add_argument("--size", type=positive, help="resize to this side in pixels")
+    options.add_argument("--force", action="store_true", help="replace a dataset of this name")
+    options = command("check", data_check, "Recompute the SHA-256 of a cached dataset.", actions)
+    options.add_argument("name")
 
-    made = command("pretrain", pretrain, "Train one encoder, or find it trained; prints its folder.")
-    made.add_argument("--dataset", help="a name from `bagssl data list`")
-    made.add_argument("--objective", help="tcr, simclr, or another of bagssl/objectives.py")
-    made.add_argument("--training", help="patch-based or multi-scale")
-    made.add_argument("--seed", help="a whole number")
-    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
-    made.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+    options = command("pretrain", pretrain, "Train one encoder, or find it trained; prints its folder.")
+    options.add_argument("--dataset", help="a name from `bagssl data list`")
+    options.add_argument("--objective", help="tcr, simclr, or another of bagssl/objectives.py")
+    options.add_argument("--training", help="patch-based or multi-scale")
+    options.add_argument("--seed", help="a whole number")
+    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
+    options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
 
-    made = command("bench", bench, "Measure speed as ratios, side by side, into results/bench/.")
-    made.add_argument("row", nargs="*", help="some of the measurements; none: all, in about half an hour")
-    made.add_argument("--dataset", help="real images to use; by default cifar10 where it is at hand")
-    made.add_argument("--quick", action="store_true", help="show that everything runs; nothing is kept")
-    made.add_argument("--time-limit", type=duration, metavar="TIME", help="begin no row after 9m; the next call goes on")
+    options = command("bench", bench, "Measure speed as ratios, side by side, into results/bench/.")
+    options.add_argument("row", nargs="*", help="some of the measurements; none: all, in about half an hour")
+    options.add_argument("--dataset", help="real images to use; by default cifar10 where it is at hand")
+    options.add_argument("--quick", action="store_true", help="show that everything runs; nothing is kept")
+    options.add_argument("--time-limit", type=duration, metavar="TIME",
+                         help="begin no row after 9m; the next call goes on")
 
-    made = command("notebooks", notebooks, "Execute notebooks/ with their defaults, in place.")
-    made.add_argument("notebook", nargs="*", help="file names; none means all")
+    options = command("notebooks", notebooks, "Execute notebooks/ with their defaults, in place.")
+    options.add_argument("notebook", nargs="*", help="file names; none means all")
     return parser
 
 

@@ -16,6 +16,7 @@ from bagssl.errors import InputError, nearest
 
 
 def notebook_cells(notebook: Path) -> list[dict]:
+    """The cells of a notebook, as its file has them; raises InputError for a file that is none."""
     try:
         return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -23,7 +24,10 @@ def notebook_cells(notebook: Path) -> list[dict]:
 
 
 def notebook_parameters(notebook: Path) -> dict[str, tuple[Any, str]]:
-    """The `parameters` cell: name -> (default, annotation as text, or the default's type)."""
+    """The `parameters` cell: name -> (default, annotation as text, or the default's type).
+
+    Raises InputError unless there is one such cell, and it holds nothing but literals.
+    """
     cells = [cell for cell in notebook_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook} must have one cell tagged 'parameters'; it has {len(cells)}")
@@ -98,12 +102,14 @@ _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None": type(Non
 
 
 def check_parameters(names: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a running notebook, each in the type it is annotated with; `names` are its globals, changed in place.
+    """Read the parameters of a running notebook, each in the type it is annotated with.
 
-    Plain papermill passes what it cannot read as text (`-p on true`), and a misspelt name like any other. Raises
-    InputError, in one line, for a value that does not fit, or a name that papermill passed and that is no parameter.
+    names: the notebook's globals, changed in place. Returns parameter -> value. Plain papermill passes what it cannot
+    read as text (`-p on true`), and a misspelt name like any other. Raises InputError, in one line, for a value that
+    does not fit, or a name that papermill passed and that is no parameter.
     """
-    known = {name: kind.__name__ if type(kind) is type else str(kind) for name, kind in names.get("__annotations__", {}).items()}
+    annotations = names.get("__annotations__", {}).items()
+    known = {name: kind.__name__ if type(kind) is type else str(kind) for name, kind in annotations}
     for source in names.get("In", ()):  # the history of the kernel
         for node in ast.parse(source).body if source.lstrip().startswith("# Parameters") else ():
             for target in getattr(node, "targets", ()):

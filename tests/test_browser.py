@@ -236,7 +236,8 @@ def test_the_lab_shows_a_failure(page, lab):
 
 
 def test_the_lab_lets_the_keys_move_the_slider(page, lab):
-    write_notebook(lab[0] / "slider.ipynb", """from bagssl import data, encoders, explore
+    write_notebook(lab[0] / "slider.ipynb", """from bagssl import data, encoders
+from bagssl.study import explore
 train, test = (data.subset(data.load("synthetic", split), 60) for split in ("train", "test"))
 explore.growing_bags(encoders.build_encoder("resnet10", 8), train, test, [0, 1], range(1, 6), scale=0.2, size=8)""")
     open_notebook(page, lab, "slider.ipynb")
@@ -251,8 +252,9 @@ explore.growing_bags(encoders.build_encoder("resnet10", 8), train, test, [0, 1],
 
 def test_the_lab_shows_training_as_one_line_and_interrupts_it(page, lab):
     write_notebook(lab[0] / "training.ipynb", """import torch
+from bagssl.config import PretrainConfig
 from bagssl.data import load
-from bagssl.pretraining import PretrainConfig, pretrain
+from bagssl.pretraining import pretrain
 config = PretrainConfig(width=8, size=8, batch_size=16, views=2, epochs=1000)  # longer than anyone waits
 run = pretrain(config, load("synthetic", "train").take(torch.arange(0, 4000, 50)))""")
     open_notebook(page, lab, "training.ipynb")

@@ -14,8 +14,8 @@ import yaml
 from test_experiments import write_notebook
 
 import bagssl
-from bagssl import cli, data, pretraining
-from bagssl.batch import experiments
+from bagssl import cli, data, pretraining, trees
+from bagssl.batch import experiments, kernels, reproduce, stages
 from bagssl.errors import Diverged, InputError, Stopped
 
 
@@ -28,15 +28,16 @@ def project(tmp_path, monkeypatch) -> Path:
     profiles = {"smoke": {"cost": "1 min", "parameters": {}}, "laptop": {"cost": "1 h", "parameters": {"ks": [4]}}}
     entry = {"artefact": "claim C2", "notebook": "02.ipynb", "profiles": profiles}
     (notebooks / "experiments.yaml").write_text(yaml.safe_dump({"patch-vs-multiscale": entry}, sort_keys=False))
-    monkeypatch.setattr(experiments, "home", lambda: tmp_path)
-    monkeypatch.setattr(experiments, "_fingerprint", lambda name: "data")
+    for module in (experiments, reproduce):
+        monkeypatch.setattr(module, "home", lambda: tmp_path)
+    monkeypatch.setattr(stages, "_fingerprint", lambda name: "data")
 
     def run(*_, **__):
         raise AssertionError("ran, and should have been refused")
 
-    monkeypatch.setattr(experiments.Kernels, "run", run)
+    monkeypatch.setattr(kernels.Kernels, "run", run)
     monkeypatch.setattr(pretraining, "pretrain", run)
-    monkeypatch.setattr(data, "_download", run)
+    monkeypatch.setattr(trees, "_download", run)
     return tmp_path
 
 
@@ -98,20 +99,20 @@ def test_each_end_has_its_code(error, code, project, monkeypatch, capsys):
     def run(*_, **__):
         raise error
 
-    monkeypatch.setattr(experiments, "reproduce", run)
+    monkeypatch.setattr(reproduce, "reproduce", run)
     assert cli.main(["reproduce"]) == code
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_bug_is_not_hidden(project, monkeypatch):
-    monkeypatch.setattr(experiments, "reproduce", lambda *_, **__: {}["bug"])
+    monkeypatch.setattr(reproduce, "reproduce", lambda *_, **__: {}["bug"])
     with pytest.raises(KeyError):
         cli.main(["reproduce"])
 
 
 def test_reproduce_passes_on_what_was_asked(project, monkeypatch):
     asked = []
-    monkeypatch.setattr(experiments, "reproduce", lambda *words, **named: asked.append((words, named)) or 0)
+    monkeypatch.setattr(reproduce, "reproduce", lambda *words, **named: asked.append((words, named)) or 0)
     line = "reproduce a b --profile laptop --set epochs=2 --set name=a=b --jobs 3 --fresh --time-limit 1h30m"
     assert cli.main(line.split()) == 0
     assert asked == [((["a", "b"], "laptop", {"epochs": "2", "name": "a=b"}),
@@ -161,8 +162,8 @@ WRITES = ["pretrain --set epochs=1 --set views=2 --set width=8 --set size=8 --se
 @pytest.fixture
 def writable(tmp_path, monkeypatch):
     """A checkout, data and results for which each command of `WRITES` would write something."""
-    from test_data import plant
     from test_paths import write_notebooks
+    from test_trees import plant
 
     write_notebooks(tmp_path / "notebooks")
     plant(tmp_path / "tree")

@@ -18,10 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bagssl import cli, data, evaluation, pretraining, runs
-from bagssl.batch import experiments
+from bagssl import cli, data, evaluation, pretraining, runs, trees
+from bagssl.batch import stages
+from bagssl.batch.experiments import choose, load_experiments
+from bagssl.config import PretrainConfig
 from bagssl.errors import InputError
-from bagssl.pretraining import PretrainConfig
+from bagssl.parameters import conform
 
 # By `make test` the same cases each time, so that it fails for a change and not by chance.
 NIGHTLY = os.environ.get("BAGSSL_FUZZ") == "nightly"
@@ -61,10 +63,10 @@ def test_a_configuration_is_refused_or_keeps_its_key(values):
        VALUES)
 def test_a_parameter_is_refused_or_has_its_type(annotation, value):
     try:
-        found = experiments.conform("p", value, annotation)
+        found = conform("p", value, annotation)
     except InputError as error:
         return one_line(error)
-    assert repr(experiments.conform("p", found, annotation)) == repr(found)  # by repr: NaN is not itself
+    assert repr(conform("p", found, annotation)) == repr(found)  # by repr: NaN is not itself
     kinds = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict, "list": list}
     assert isinstance(found, kinds.get(annotation.split("[")[0], object))
 
@@ -90,16 +92,16 @@ def lists(draw) -> str:
     if draw(st.booleans()):
         return draw(st.text(max_size=30) | VALUES.map(lambda value: yaml.safe_dump(value, allow_unicode=True)))
     changed = copy.deepcopy(LIST)
-    here = changed
+    entry = changed
     while True:
-        name = draw(st.sampled_from(sorted(here)))
-        if not isinstance(here[name], dict) or not here[name] or draw(st.integers(0, 2)) == 0:
+        name = draw(st.sampled_from(sorted(entry)))
+        if not isinstance(entry[name], dict) or not entry[name] or draw(st.integers(0, 2)) == 0:
             break
-        here = here[name]
+        entry = entry[name]
     if draw(st.booleans()):
-        here[name] = draw(VALUES)
+        entry[name] = draw(VALUES)
     else:
-        here[draw(st.text(max_size=5))] = here.pop(name)
+        entry[draw(st.text(max_size=5))] = entry.pop(name)
     return yaml.safe_dump(changed, allow_unicode=True)
 
 
@@ -108,10 +110,10 @@ def lists(draw) -> str:
 def test_a_list_of_experiments_is_refused_or_planned(notebooks, text):
     (notebooks / "experiments.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
-        known = experiments.load_experiments(notebooks)
-        for experiment in experiments.choose(known, [], "smoke"):
-            stage = experiments.plan(experiment, "smoke", results=notebooks / "results", fetch=False)
-            assert len(stage.key) == 64 and experiments.state(stage) == "missing"
+        known = load_experiments(notebooks)
+        for experiment in choose(known, [], "smoke"):
+            stage = stages.plan(experiment, "smoke", results=notebooks / "results", fetch=False)
+            assert len(stage.key) == 64 and stages.state(stage) == "missing"
     except InputError as error:
         one_line(error)
 
@@ -147,7 +149,7 @@ def test_a_tree_is_refused_or_read_as_it_is(tmp_path_factory, tree, size):
                 (folder / "images" / split / label).mkdir(parents=True, exist_ok=True)
                 (folder / "images" / split / label / name).write_bytes(content)
         try:
-            data.add("mine", folder / "images", size=size, root=folder / "data")
+            trees.add("mine", folder / "images", size=size, root=folder / "data")
         except InputError as error:
             one_line(error)
             assert not list(folder.glob("data/*"))
@@ -236,9 +238,9 @@ ARGUMENTS = st.lists(st.sampled_from([
 def test_a_command_ends_with_a_code_of_its_own_and_one_line(words):
     said, shown = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:  # whatever takes long, or the network, is taken as done
-        for where in ("experiments.reproduce", "experiments.reproduce_bare", "experiments.refresh_notebooks", "bench.bench",
-                      "report.write_report", "pretraining.pretrain", "data._download"):  # fmt: skip
-            stack.enter_context(mock.patch(f"bagssl.{where}", side_effect=InputError("this is where the work would begin")))
+        for work in ("batch.reproduce.reproduce", "batch.reproduce.reproduce_bare", "batch.reproduce.refresh_notebooks",
+                     "batch.report.write_report", "bench.bench", "pretraining.pretrain", "trees._download"):  # fmt: skip
+            stack.enter_context(mock.patch(f"bagssl.{work}", side_effect=InputError("this is where the work would begin")))
         stack.enter_context(contextlib.redirect_stderr(said))
         stack.enter_context(contextlib.redirect_stdout(shown))
         try:
