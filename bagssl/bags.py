@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -19,6 +20,7 @@ from bagssl.errors import InputError
 from bagssl.progress import progress_bar
 
 BATCH = {"cpu": 256, "cuda": 4096}  # crops: what stays in a processor's cache, what fills a GPU
+COMPILE_FROM = 5_000_000  # crops on CUDA: compiling takes 12 s there, and spares 2 microseconds of each
 
 
 def embed_bags(
@@ -50,7 +52,7 @@ def embed_bags(
         raise InputError(
             f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area"
         )
-    embed, device, batch = _prepare(encoder, pixels, device, batch)
+    embed, device, batch = _prepare(encoder, pixels, device, batch, len(pixels) * max(ks))
     count, most, done, bags = len(pixels), max(ks), 0, {}
     with progress_bar(count * (most + (0 in ks)), 0, "embed", progress) as update:
         if 0 in ks:
@@ -120,9 +122,12 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def _prepare(
-    encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None
+    encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None, crops: int = 0
 ) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
-    """The function crops [M, 3, s, s] -> float32 [M, dim], the device it works on, and crops per batch."""
+    """The function crops [M, 3, s, s] -> float32 [M, dim], the device it works on, and crops per batch.
+
+    crops: how many are to be embedded by it.
+    """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
         raise InputError(
             f"images must be uint8 [images, 3, height, width], one at least, not {pixels.dtype} "
@@ -137,19 +142,22 @@ def _prepare(
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # but for the last batch, one shape
     plain = copy.deepcopy(encoder).eval().to(device, memory_format=torch.channels_last)
-    folded = fold_batch_norm(plain)
-    checked = False
+    compiled = device.type == "cuda" and crops >= COMPILE_FROM
+    network = None
 
     @torch.inference_mode()
     def embed(crops: Tensor) -> Tensor:
-        nonlocal folded, checked
-        crops = crops.contiguous(memory_format=torch.channels_last)
-        if not checked:  # an encoder of a foreign make may not call its layers in the order of their names
-            checked, expected = True, plain(crops[:4])
-            if not (folded(crops[:4]) - expected).norm() <= 1e-2 * expected.norm():
-                folded = plain
+        nonlocal network
+        count, crops = len(crops), crops.contiguous(memory_format=torch.channels_last)
+        if network is None:  # an encoder of a foreign make may not call its layers in the order of their names
+            folded, expected = fold_batch_norm(plain), plain(crops[:4])
+            equal = (folded(crops[:4]) - expected).norm() <= 1e-2 * expected.norm()
+            network = folded if equal else plain
+            network = torch.compile(network, dynamic=False) if compiled else network
+        if compiled and count < batch:  # one shape, compiled once
+            crops = F.pad(crops, (0, 0, 0, 0, 0, 0, 0, batch - count))
         with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
-            return folded(crops).float()
+            return network(crops)[:count].float()
 
     return embed, device, batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ PROBES = {"knn": knn, "linear": linear}
 FEATURES = ("h", "z")
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
-_recent: dict[tuple, Tensor] = {}
+_recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K -> bags
 
 
 def evaluate(
@@ -64,9 +65,7 @@ def evaluate(
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = run.path / "evaluations" / f"{key}.json"
     if (rows := _kept(path)) is None:
-        device = pick_device(device)
-        how = (protocol, device, progress)
-        rows = [row for feature in protocol["features"] for row in _measure(run, train, test, feature, *how)]
+        rows = _measure(run, train, test, protocol, pick_device(device), progress)
         runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
         rows = _kept(path)  # as the next call will find them
     return rows
@@ -80,7 +79,7 @@ def _kept(path: Path) -> list[dict[str, Any]] | None:
 
 
 def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[str], *, bag: bool = False) -> None:
-    """Raises InputError, in one line, for a protocol that `evaluate` cannot follow; for a `bag`, without a K above 0."""
+    """Raises InputError, in one line, for a protocol that `evaluate` cannot follow; of a `bag`, without a K above 0."""
     for name, words, known in (("probe", probes, PROBES), ("feature", features, FEATURES)):
         if not words:
             raise InputError(f"no {name} is asked for: choose among {', '.join(known)}")
@@ -93,19 +92,14 @@ def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[
 
 
 def _measure(
-    run: Run, train: Images, test: Images | float, feature: str, protocol: dict[str, Any], device: str, progress: bool
+    run: Run, train: Images, test: Images | float, protocol: dict[str, Any], device: str, progress: bool
 ) -> list[dict[str, Any]]:
-    encoder = load_encoder(run, device)
-    if feature == "z":
-        encoder = nn.Sequential(encoder, load_projector(run, device))
-    ks, scales = protocol["ks"], protocol["scale"]
+    networks = {"h": load_encoder(run, device)}
+    if "z" in protocol["features"]:
+        networks["z"] = load_projector(run, device)
 
-    def embed(images: Images, seed: int) -> dict[int, Tensor]:
-        how = {"size": protocol["size"], "seed": seed, "device": device}
-        same = (protocol["weights"], feature, images.fingerprint, *how.values())
-        bags = [_bags(encoder, images, ks, (*same, scale), scale=scale, progress=progress, **how)
-                for scale in (scales if isinstance(scales, list) else [scales])]  # fmt: skip
-        return {k: torch.cat([bag[k] for bag in bags], dim=1) for k in ks}
+    def embed(images: Images, seed: int) -> dict[str, dict[int, Tensor]]:
+        return _bags(networks, images, protocol, seed, device, progress)
 
     bags, labels = embed(train, protocol["seed"]), train.labels
     if isinstance(test, Images):  # other patches for the test images than for the training images
@@ -113,29 +107,59 @@ def _measure(
     else:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(protocol["seed"]))
         held, rest = (part.sort().values for part in order.tensor_split([round(test * len(train))]))
-        bags, bags_test = ({k: bag[part] for k, bag in bags.items()} for part in (rest, held))
+        bags, bags_test = ({feature: {k: bag[part] for k, bag in each.items()} for feature, each in bags.items()}
+                           for part in (rest, held))  # fmt: skip
         labels, labels_test = labels[rest], labels[held]
     rows = []
-    for k in ks:
-        for probe in protocol["probes"]:
-            features = bags[k], labels, bags_test[k], labels_test
-            result = PROBES[probe](*(tensor.to(device) for tensor in features))
-            rows.append(
-                {"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
-                 "high": result.high, "settings": result.settings, "correct": _pack(result.correct)}
-            )  # fmt: skip
+    for feature, k, probe in itertools.product(protocol["features"], protocol["ks"], protocol["probes"]):
+        features = bags[feature][k], labels, bags_test[feature][k], labels_test
+        result = PROBES[probe](*(tensor.to(device) for tensor in features))
+        rows.append(
+            {"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
+             "high": result.high, "settings": result.settings, "correct": _pack(result.correct)}
+        )  # fmt: skip
     return rows
 
 
-def _bags(encoder: nn.Module, images: Images, ks: Sequence[int], same: tuple, **how: Any) -> dict[int, Tensor]:
-    """`embed_bags`, but for those that this process embedded before; `same` tells them apart, together with K."""
-    if missing := [k for k in ks if (same, k) not in _recent]:
-        made = embed_bags(encoder, images.pixels, missing, **how)
-        _recent.update({(same, k): bag for k, bag in made.items()})
-    bags = {k: _recent[same, k] for k in ks}
+class _Features(nn.Module):
+    """h, and z = g(h) where a projector is given, of one pass: crops [n, 3, s, s] -> [n, dim + projector_dim]."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module | None):
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+
+    def forward(self, crops: Tensor) -> Tensor:
+        h = self.encoder(crops)
+        return h if self.projector is None else torch.cat([h, self.projector(h)], dim=1)
+
+
+def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, Any], seed: int, device: str,
+          progress: bool) -> dict[str, dict[int, Tensor]]:  # fmt: skip
+    """Feature -> K -> bags [images, dim], those of several scales concatenated.
+
+    No patch is embedded twice for h and z, nor what this process has embedded before.
+    """
+    ks, scales = protocol["ks"], protocol["scale"] if isinstance(protocol["scale"], list) else [protocol["scale"]]
+    wanted, found = list(itertools.product(protocol["features"], ks)), {}
+    for scale in scales:
+        def place(feature: str, k: int, scale: float = scale) -> tuple:  # the whole image has no scale
+            where = (protocol["weights"], images.fingerprint, protocol["size"], seed, device, scale if k else 1)
+            return (*where, feature, k)
+
+        if missing := [k for k in ks if any(place(feature, k) not in _recent for feature in protocol["features"])]:
+            network = _Features(networks["h"], networks.get("z"))
+            bags = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"], seed=seed,
+                              device=device, progress=progress)  # fmt: skip
+            for k, bag in bags.items():
+                dim = networks["h"].dim
+                _recent[place("h", k)] = bag[:, :dim].contiguous()
+                if "z" in networks:
+                    _recent[place("z", k)] = bag[:, dim:].contiguous()
+        found[scale] = {(feature, k): _recent[place(feature, k)] for feature, k in wanted}
     while sum(bag.nbytes for bag in _recent.values()) > RECENT:
         _recent.pop(next(iter(_recent)))
-    return bags
+    return {feature: {k: torch.cat([found[scale][feature, k] for scale in scales], dim=1) for k in ks}
+            for feature in protocol["features"]}  # fmt: skip
 
 
 def _pack(correct: Tensor) -> str:

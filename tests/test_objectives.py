@@ -9,22 +9,21 @@ import torch.nn.functional as F
 from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from lightly.loss.negative_cosine_similarity import NegativeCosineSimilarity
 
-from bagssl.study.cooccurrence import mixture, spectral_loss
 from bagssl.objectives import (
     OBJECTIVES,
     barlow,
     byol,
     coding_rate,
     moco,
-    needs_target,
     simclr,
     spectral,
     spread,
-    tcr,  # fmt: skip
+    tcr,
     vicreg,
 )
+from bagssl.study.cooccurrence import mixture, spectral_loss
 
-SELF_CONTAINED = [name for name in OBJECTIVES if not needs_target(name)]
+SELF_CONTAINED = [name for name in OBJECTIVES if not OBJECTIVES[name].needs_target]
 
 
 def projections(views=3, batch=12, dim=8, seed=0, dtype=torch.float64):
@@ -194,7 +193,7 @@ def test_objectives_do_not_depend_on_the_order_of_views_or_images(name):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_half_precision_projections_give_float32_losses(name, device):
-    z = [projections(4, 64, 96, seed=seed, dtype=torch.float32).bfloat16() for seed in range(1 + needs_target(name))]
+    z = [projections(4, 64, 96, seed=seed, dtype=torch.float32).bfloat16() for seed in range(1 + OBJECTIVES[name].needs_target)]
     terms = OBJECTIVES[name](*(each.to(device) for each in z))
     exact = OBJECTIVES[name](*(each.double() for each in z))
     for term, value in terms.items():

@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as reference
 
+from bagssl import colours as C
 from bagssl import patches as P
+from bagssl.augmentation import Augmentation, chance
+from bagssl.colours import Colour, apply_colour, draw_colour
 from bagssl.errors import InputError
-from bagssl.patches import Augmentation, Colour, apply_colour, augment, crop, draw_boxes, draw_colour
+from bagssl.patches import augment, crop, draw_boxes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,7 +177,7 @@ def torchvision_colour(patches, colour):
         if colour.grey is not None and colour.grey[m]:
             patch = reference.rgb_to_grayscale(patch, 3)
         if colour.blur is not None and colour.blur[m]:
-            patch = reference.gaussian_blur(patch, [P.blur_kernel(patch.shape[-1])] * 2, [colour.sigma[m].item()] * 2)
+            patch = reference.gaussian_blur(patch, [C.blur_kernel(patch.shape[-1])] * 2, [colour.sigma[m].item()] * 2)
         if colour.solarise is not None and colour.solarise[m]:
             patch = reference.solarize(patch, 128 / 255)
         done.append(patch)
@@ -190,7 +193,7 @@ def check_jitter(apply):
     orders, n = ORDERS, len(ORDERS)
     for k, picture in enumerate(pictures(6, 6)[[0, 3, 4, 5, 7, 9, 10]] / 255):
         factors = torch.rand(n, 4, generator=seeded(k)) * 2
-        factors[:, P.HUE] = factors[:, P.HUE] / 2 - 0.5
+        factors[:, C.HUE] = factors[:, C.HUE] / 2 - 0.5
         patches = picture.expand(n, -1, -1, -1)
         colour = Colour(factors=factors, order=orders, applied=all_true(n))
         close(apply(patches, colour), torchvision_colour(patches, colour))
@@ -207,14 +210,14 @@ def test_jitter_mistakes_are_seen():
     def yiq_rotation(patches, colour):
         """Hue as a turn of the chroma plane of YIQ, which other libraries have."""
         to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-        angle = 2 * math.pi * colour.factors[:, P.HUE]
+        angle = 2 * math.pi * colour.factors[:, C.HUE]
         turn = torch.eye(3).repeat(len(patches), 1, 1)
         turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
         turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
         return torch.einsum("nij,njhw->nihw", to_yiq.inverse() @ turn @ to_yiq, patches).clamp(0, 1)
 
     mistake(check_jitter, one_order)
-    mistake(lambda apply: check_adjustment(apply, P.HUE, 0.1), yiq_rotation)
+    mistake(lambda apply: check_adjustment(apply, C.HUE, 0.1), yiq_rotation)
 
 
 def check_adjustment(apply, kind, factor):
@@ -228,7 +231,7 @@ def check_adjustment(apply, kind, factor):
 
 @pytest.mark.parametrize("kind", range(4))
 def test_each_adjustment_equals_torchvision(kind):
-    for factor in (-0.5, -0.3, -1 / 6, 0.0, 0.05, 1 / 3, 0.5) if kind == P.HUE else (0.0, 0.3, 1.0, 1.4, 3.0):
+    for factor in (-0.5, -0.3, -1 / 6, 0.0, 0.05, 1 / 3, 0.5) if kind == C.HUE else (0.0, 0.3, 1.0, 1.4, 3.0):
         check_adjustment(apply_colour, kind, factor)
 
 
@@ -258,12 +261,12 @@ def test_blur_and_solarise_of_those_drawn_alone_give_the_same_bits(monkeypatch):
     a = Augmentation((0.25, 0.25), (1, 1), 16, blur=0.4, solarise=0.4)
     pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=seeded())
     some = augment(pixels, 4, a, seeded())
-    monkeypatch.setattr(P, "_drawn", lambda mine: slice(None))
+    monkeypatch.setattr(C, "_drawn", lambda mine: slice(None))
     assert torch.equal(augment(pixels, 4, a, seeded()), some)
 
 
 def test_the_blur_kernel_is_a_tenth_of_the_side():
-    assert [P.blur_kernel(side) for side in (2, 16, 32, 64, 96, 224)] == [3, 3, 3, 7, 11, 23]
+    assert [C.blur_kernel(side) for side in (2, 16, 32, 64, 96, 224)] == [3, 3, 3, 7, 11, 23]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole chain
@@ -274,7 +277,7 @@ def torchvision_chain(pixels, views, a, generator):
     batch, _, height, width = pixels.shape
     n = views * batch
     boxes = draw_boxes(n, height, width, a.scale, a.ratio, generator)
-    flip = P._chance(n, a.flip, generator)
+    flip = chance(n, a.flip, generator)
     colour = draw_colour(n, a, generator)
     cut = torchvision_crop(pixels.repeat(views, 1, 1, 1), boxes, a.size, flip)
     dim = torchvision_colour(cut, Colour(**vars(colour) | {"solarise": None}))
@@ -310,6 +313,19 @@ def test_views_lie_by_image_and_parts_do_not_matter(monkeypatch):
     whole = augment(noise, 3, a, seeded())
     monkeypatch.setitem(P.PART, "cpu", 2500)
     close(augment(noise, 3, a, seeded()), whole, 2e-6)
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [((0.25, 0.25), (1, 1)), ((0.1, 1), (0.5, 2))])
+def test_a_slice_of_the_draws_gives_the_same_slice_of_the_patches(scale, ratio):
+    """To the bit, wherever the parts end that are worked on at a time."""
+    a, pixels = Augmentation(scale, ratio, 12, **FULL), pictures(24, 20)[:7]
+    draws = P.draw(3, 7, 24, 20, a, seeded())
+    whole = P.apply(pixels, draws, 12)
+    assert torch.equal(whole, augment(pixels, 3, a, seeded()))
+    for images in (slice(0, 3), slice(3, 7), slice(5, 6)):
+        assert torch.equal(P.apply(pixels[images], draws.of(images), 12), whole[:, images])
+    # negative control: the draws of other images
+    assert not torch.equal(P.apply(pixels[0:3], draws.of(slice(1, 4)), 12), whole[:, 0:3])
 
 
 @pytest.mark.gpu

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bagssl import pretraining, runs
+from bagssl import objectives, pretraining, runs
+from bagssl.config import PretrainConfig
 from bagssl.data import load
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.objectives import OBJECTIVES
-from bagssl.pretraining import PretrainConfig, learning_rate_at, load_encoder, load_projector, pretrain
+from bagssl.pretraining import Learner, learning_rate_at, load_encoder, load_projector, pretrain
 
 TINY = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "projector_hidden": 16, "projector_dim": 8, "epochs": 3}
 
@@ -105,7 +106,8 @@ def on_meta(images, monkeypatch):
         recipe = {"size": 8, "width": 8, "batch_size": 16, "epochs": 2, "optimiser": "sgd", "weight_decay": 1e-4}
         config, few = PretrainConfig.from_dict({**recipe, **settings}), images.take(torch.arange(16))
         with copies:
-            pretraining._train(config, few, None, torch.device("meta"), torch.float32, "none", math.inf, 1e9, False)
+            learner = Learner(config, few.pixels, torch.device("meta"), torch.float32, "none")
+            pretraining._train(learner, few, None, math.inf, 1e9, False)
         return copies.waited
 
     return train
@@ -156,24 +158,81 @@ def test_no_step_waits_for_a_gpu(images, tmp_path, monkeypatch, optimiser):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def _learner(images, device="cpu", compiled="none", **settings):
+    config = PretrainConfig(**{**TINY, "optimiser": "lars", "learning_rate": 0.3, **settings})
+    return Learner(config, images.pixels, torch.device(device), torch.float32, compiled)
+
+
+@pytest.mark.parametrize("settings", [
+    {"optimiser": "lars", "lars_clip": True}, {"optimiser": "lars", "objective": "byol"}, {"optimiser": "adamw"}])
+def test_rates_may_be_tensors_as_a_graph_needs_them(images, settings):
+    numbers, tensors = (_learner(images, **settings) for _ in range(2))
+    for step, (rate, decay) in enumerate([(0.1, 0.9), (0.3, 0.95), (0.01, 1.0)]):
+        for learner, kind in ((numbers, float), (tensors, torch.tensor)):
+            learner.generator.manual_seed(step)
+            learner.step(torch.arange(16), kind(rate), kind(decay))
+    for network in ("model", "teacher") if "objective" in settings else ("model",):
+        pairs = zip(*(getattr(learner, network).parameters() for learner in (numbers, tensors)), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+    # negative control: another rate in one step shows
+    tensors.generator.manual_seed(3), numbers.generator.manual_seed(3)
+    tensors.step(torch.arange(16), torch.tensor(0.1), torch.tensor(0.9)), numbers.step(torch.arange(16), 0.11, 0.9)
+    assert not torch.allclose(numbers.model.encoder.conv1.weight, tensors.model.encoder.conv1.weight, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [
+    *({"objective": each, "training": "multi-scale", "blur": 0.5, "solarise": 0.2} for each in OBJECTIVES),
+    {"optimiser": "sgd", "learning_rate": 0.03}, {"optimiser": "adamw", "learning_rate": 4e-3}, {"grid": 8}])
+def test_a_graph_takes_the_steps_that_it_captured(images, tmp_path, settings):
+    """The terms of every row of the history, with another seed's as negative control; and it resumes."""
+    settings = {"optimiser": "lars", "lars_clip": True, "learning_rate": 0.1, **settings}
+    plain, graphs, other = (
+        train(images, tmp_path / f"{compiled}{seed}", device="cuda", precision="fp32", compiled=compiled, seed=seed, **settings)
+        for compiled, seed in (("none", 0), ("graphs", 0), ("none", 1)))
+
+    def apart(a, b):
+        return max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a.history, b.history, strict=True))
+
+    assert graphs.provenance["compiled"] == "graphs" and apart(graphs, plain) < 1e-2 and apart(graphs, plain) < apart(other, plain) / 3
+    for _ in range(3):
+        with contextlib.suppress(Stopped):
+            train(images, tmp_path / "stopped", device="cuda", precision="fp32", compiled="graphs", time_limit=0, **settings)
+    resumed = train(images, tmp_path / "stopped", device="cuda", precision="fp32", compiled="graphs", **settings)
+    assert apart(resumed, plain) < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_is_refused_in_one_line(images, tmp_path, monkeypatch):
+    def waits(z):
+        return {"loss": z.square().mean() * (1 if z.sum().item() else 2)}
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "tcr", objectives.Objective(waits))
+    with pytest.raises(InputError, match="set BAGSSL_COMPILE=none") as error:
+        train(images, tmp_path, device="cuda", compiled="graphs")
+    assert "\n" not in str(error.value)
+    assert train(images, tmp_path, device="cuda", compiled="none").finished
+
+
 def test_what_is_compiled_trains_the_same_network(images, tmp_path, monkeypatch):
     """What torch.compile is asked to make; what it makes of it, `bagssl bench compiled` runs."""
     compiled, called = [], set()
 
-    def by(function, **how):
-        compiled.append(function.__name__)
-        return lambda *what: called.add(function.__name__) or function(*what)
+    def by(function):
+        name = getattr(function, "__name__", type(function).__name__)
+        compiled.append(name)
+        return lambda *what: called.add(name) or function(*what)
 
     monkeypatch.setattr(torch, "compile", by)
     settings = {"objective": "byol", "blur": 0.5, "solarise": 0.2, "optimiser": "sgd", "epochs": 0.2}  # one step
     plain = train(images, tmp_path / "plain", **settings)
     assert not compiled and "compiled" not in plain.provenance
     whole = train(images, tmp_path / "whole", **settings, compiled="all")
-    assert compiled == ["apply_colour", "_project"] and whole.provenance["compiled"] == "all" and whole.key == plain.key
+    assert compiled == ["apply_colour", "Model", "Model"] and whole.provenance["compiled"] == "all" and whole.key == plain.key
     assert called == set(compiled) and same_weights(whole, plain)
     monkeypatch.setenv("BAGSSL_COMPILE", "colours")
     train(images, tmp_path / "colours", **settings)
-    assert compiled[2:] == ["apply_colour"]
+    assert compiled[3:] == ["apply_colour"]
 
 
 @pytest.mark.parametrize("name, answer", [("everything", "known: none, colours"), ("graphs", "need a GPU")])
@@ -227,6 +286,7 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from bagssl import pretraining
+from bagssl.config import PretrainConfig
 from bagssl.data import load
 from bagssl.errors import Stopped
 trained = pretraining._train
@@ -235,7 +295,7 @@ def told(*arguments):
     return trained(*arguments)
 pretraining._train = told
 images = load("synthetic", "train").take(torch.arange(0, 4000, 50))
-config = pretraining.PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=40)
+config = PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=40)
 try:
     pretraining.pretrain(config, images, Path(sys.argv[1]), progress=False, checkpoint_every=0)
 except Stopped as stop:
@@ -459,7 +519,8 @@ def test_too_few_images_for_a_batch(images, tmp_path):
 
 def test_seeds_draw_other_orders_and_other_patches():
     """All 32 bits that the CPU's generator keeps count, so that runs of two seeds see different data."""
-    draws = {tuple(torch.randint(2**31, (4,), generator=pretraining._seeded(seed, purpose, index)).tolist())
+    generator = torch.Generator()
+    draws = {tuple(torch.randint(2**31, (4,), generator=generator.manual_seed(pretraining._seed(seed, purpose, index))).tolist())
              for seed in range(20) for purpose in (0, 1) for index in range(20)}  # fmt: skip
     assert len(draws) == 20 * 2 * 20
 
