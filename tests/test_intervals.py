@@ -38,7 +38,8 @@ def test_a_paired_difference_is_resampled_by_images():
     assert found.value == pytest.approx(100 * (RIGHT.mean() - alike.mean())) and found.low < found.value < found.high
     assert near(found, by_hand(better, lambda drawn: 100 * drawn.mean()), within=0.5)
     assert intervals.paired(-better).value == -found.value and intervals.paired(0 * better) == (0, 0, 0)
-    apart = by_hand(np.stack([RIGHT, rng.permutation(alike)], axis=1), lambda drawn: 100 * np.subtract(*drawn.mean(axis=0)))
+    shuffled = np.stack([RIGHT, rng.permutation(alike)], axis=1)
+    apart = by_hand(shuffled, lambda drawn: 100 * np.subtract(*drawn.mean(axis=0)))
     assert found.high - found.low < (apart[1] - apart[0]) / 2  # unpaired, the interval would be far wider
 
 

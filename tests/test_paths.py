@@ -27,8 +27,9 @@ from test_trees import plant
 from bagssl import data, pretraining, runs, trees
 from bagssl.batch import kernels, notebook, reproduce, stages
 from bagssl.batch.experiments import load_experiments
+from bagssl.config import PretrainConfig
 from bagssl.paths import write_atomically
-from bagssl.pretraining import PretrainConfig, pretrain
+from bagssl.pretraining import pretrain
 from bagssl.study import figures
 
 KILLED = 137
@@ -67,7 +68,8 @@ def dying(work, moment: int) -> int:
 
         def hook(event, arguments):
             nonlocal count, last
-            writes = event == "open" and isinstance(arguments[0], str | bytes) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            named = event == "open" and isinstance(arguments[0], str | bytes)
+            writes = named and arguments[2] & (os.O_WRONLY | os.O_RDWR)
             if event not in CHANGES or event == "open" and not writes:
                 return
             count += 1
@@ -178,7 +180,8 @@ def stopped_clock(monkeypatch):
 
 
 @pytest.mark.parametrize("work, earlier", CASES, ids=[f"{work.__name__}-{earlier}" for work, earlier in CASES])
-def test_a_writer_killed_at_any_moment_leaves_whole_files_and_the_next_call_finishes(work, earlier, tmp_path, stopped_clock):
+def test_a_writer_killed_at_any_moment_leaves_whole_files_and_the_next_call_finishes(work, earlier, tmp_path,
+                                                                                     stopped_clock):
     before, folder = tmp_path / "before", tmp_path / "folder"
     write_notebooks(before / "notebooks")
     write_notebook(before / "n.ipynb", ["1"] * 50)

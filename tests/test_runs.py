@@ -19,9 +19,10 @@ from test_paths import IMAGES, TINY, fork
 
 import bagssl
 from bagssl import cli, runs
+from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, Stopped
 from bagssl.evaluation import evaluate
-from bagssl.pretraining import PretrainConfig, load_encoder, load_projector, pretrain
+from bagssl.pretraining import load_encoder, load_projector, pretrain
 
 ROOT = Path(bagssl.__file__).parent.parent
 
@@ -344,9 +345,9 @@ KEY = "518b49f99781bdb6"
 def test_the_key_of_a_run_is_the_same_on_every_machine():
     """Whatever the order of the settings, the spelling of a number and the seed of Python's hashes."""
     spellings = [CONFIG, dict(reversed(CONFIG.items())), {**CONFIG, "learning_rate": 0.004, "epochs": 3.0},
-                 {**CONFIG, "options": {"temperature": 0.20}}, {**CONFIG, "min_scale": 1, "weight_decay": 0.0001}]  # fmt: skip
+                 {**CONFIG, "options": {"temperature": 0.20}}, {**CONFIG, "min_scale": 1, "weight_decay": 1e-4}]
     assert {runs.run_key(PretrainConfig(**each).to_dict(), "0" * 64) for each in spellings} == {KEY}
-    code = ("import json, sys; from bagssl import runs; from bagssl.pretraining import PretrainConfig as C; "
+    code = ("import json, sys; from bagssl import runs; from bagssl.config import PretrainConfig as C; "
             "print(runs.run_key(C.from_dict(json.loads(sys.argv[1])).to_dict(), '0' * 64), hash('a'))")
     done = subprocess.run([sys.executable, "-c", code, json.dumps(CONFIG)], capture_output=True, text=True, cwd=ROOT,
                           check=True, env={**os.environ, "PYTHONHASHSEED": "1"})  # fmt: skip

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from bagssl import data, runs
+from bagssl.config import PretrainConfig
 from bagssl.errors import Stopped
-from bagssl.pretraining import PretrainConfig, pretrain
+from bagssl.pretraining import pretrain
 
 SMALL = PretrainConfig(epochs=0.5, batch_size=32, size=8, width=8, views=2, projector_hidden=16, projector_dim=8)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return pretrain(SMALL, data.subset(data.load("synthetic", "test"), 256), tmp_path_factory.mktemp("runs"), progress=False)
+    images = data.subset(data.load("synthetic", "test"), 256)
+    return pretrain(SMALL, images, tmp_path_factory.mktemp("runs"), progress=False)
 
 
 @pytest.fixture
@@ -84,8 +86,12 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path):
     assert "not started" in repr(run) and "not started" in words(run._repr_html_())
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.json", "provenance.json", "history.csv", "weights.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"config": 1, "final": {"loss": [1]}, "hardware": 3}', b"\xff\n\xff", b"loss\nx"])
+RECORD = ["config.json", "metrics.json", "provenance.json", "history.csv", "weights.safetensors"]
+DAMAGE = [None, b"", b"[]", b'{"config": 1, "final": {"loss": [1]}, "hardware": 3}', b"\xff\n\xff", b"loss\nx"]
+
+
+@pytest.mark.parametrize("name", RECORD)
+@pytest.mark.parametrize("content", DAMAGE)
 def test_a_damaged_record_takes_nothing_else_away(run, name, content):
     (run.path / name).unlink() if content is None else (run.path / name).write_bytes(content)
     shown = words(run._repr_html_())

@@ -63,7 +63,8 @@ def test_terms_are_complete():
     assert (TERMS.sum(0) - PROBE.logits(TEST.mean(0))).abs().max() < 1e-5
     # the controls: another pooling has no such terms, nor has a probe with a kink
     assert (TERMS.sum(0) - PROBE.logits(TEST.amax(0))).abs().max() > 0.1
-    assert (attribution.terms(PROBE, TEST.relu().square()).sum(0) - PROBE.logits(TEST.mean(0).relu().square())).abs().max() > 0.1  # fmt: skip
+    squares, square = attribution.terms(PROBE, TEST.relu().square()), PROBE.logits(TEST.mean(0).relu().square())
+    assert (squares.sum(0) - square).abs().max() > 0.1
 
 
 def test_the_classifier_is_the_probe():
@@ -158,7 +159,7 @@ def test_the_order_of_evidence_is_steeper_than_any_other_at_every_step():
     for seed in range(5):
         random = of_class(attribution.deletion(TERMS, attribution.at_random(PATCHES, IMAGES, seed), NOTHING))[:-1]
         assert (steepest <= random + 1e-9).all() and (random <= flattest + 1e-9).all()
-        assert (random.diff(dim=0) > 1e-9).any() and (random.diff(dim=0) < -1e-9).any()  # monotone is no matter of course
+        assert (random.diff(dim=0) > 1e-9).any() and (random.diff(dim=0) < -1e-9).any()  # need not be monotone
     growing = of_class(attribution.insertion(TERMS, order, NOTHING))[1:]
     assert (growing.diff(dim=0) <= 1e-9).all() and torch.allclose(growing[-1], steepest[0])
 

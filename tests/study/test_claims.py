@@ -21,6 +21,10 @@ def row(condition: Condition, shift: float, half: float = 0.0, dataset: str = ""
             "measure": condition.measure, "value": value, "low": value - half, "high": value + half}
 
 
+CROP, BAG = CLAIMS["C2"].conditions
+SEVERAL = [*({**row(CROP, shift, 1.0), "setting": f"arm {shift}"} for shift in (9.0, 0.5, 4.0)), row(BAG, 9.0, 1.0)]
+
+
 def evidence(claim: str, dataset: str, shifts: dict[int, float] | None = None, half: float = 0.0) -> pd.DataFrame:
     """All conditions met by 5e-5, but for the conditions that `shifts` names by position."""
     conditions = CLAIMS[claim].on(dataset)
@@ -110,7 +114,8 @@ def test_the_threshold_itself_is_on_the_wrong_side(condition):
 
 
 def test_a_measure_that_no_rule_names_decides_nothing():
-    more = pd.DataFrame([{**evidence("C4", "cifar10").iloc[0], "measure": "raw cosine", "value": -9, "low": -9, "high": -9}])
+    raw = {"measure": "raw cosine", "value": -9, "low": -9, "high": -9}
+    more = pd.DataFrame([{**evidence("C4", "cifar10").iloc[0], **raw}])
     assert claims.verdict("C4", pd.concat([evidence("C4", "cifar10"), more])) == HOLDS
 
 
@@ -141,9 +146,11 @@ def test_wrong_evidence_is_refused_in_one_line(claim, frame, fault, tmp_path):
 @pytest.mark.parametrize(("changed", "shown"), [
     ({}, "+3.0 points (2.0 to 4.0)"),
     ({"value": -0.5, "low": -3.0, "high": 2.0}, "-0.5 points (-3.0 to 2.0)"),
-    ({"measure": "centred cosine", "unit": "", "value": 0.95123, "low": 0.95, "high": 0.9567}, "0.951 (0.950 to 0.957)"),
+    ({"measure": "centred cosine", "unit": "", "value": 0.95123, "low": 0.95, "high": 0.9567},
+     "0.951 (0.950 to 0.957)"),
     ({"measure": "identity error", "unit": "", "value": 3.11e-16, "low": 3.11e-16, "high": 3.11e-16}, "3.11e-16"),
-    ({"measure": "position R2, h over z", "unit": "", "value": 0.25, "low": 0.2, "high": 0.3}, "+0.250 (0.200 to 0.300)"),
+    ({"measure": "position R2, h over z", "unit": "", "value": 0.25, "low": 0.2, "high": 0.3},
+     "+0.250 (0.200 to 0.300)"),
 ])  # fmt: skip
 def test_a_value_is_shown_with_its_interval_and_a_difference_with_its_sign(changed, shown):
     assert claims.text({**GOOD, **changed}) == shown
@@ -153,9 +160,8 @@ def test_a_value_is_shown_with_its_interval_and_a_difference_with_its_sign(chang
 
 
 def test_a_ruling_shows_what_the_ledger_will_say(tmp_path):
-    crop, bag = CLAIMS["C2"].conditions
-    frame = pd.DataFrame([*({**row(crop, shift, 1.0), "setting": f"arm {shift}"} for shift in (9.0, 0.5, 4.0)), row(bag, 9.0, 1.0),
-                          {**row(bag, 1.0, 0.5, "food"), "measure": crop.measure}, {**row(bag, 1.0), "measure": "something else"}])
+    frame = pd.DataFrame([*SEVERAL, {**row(BAG, 1.0, 0.5, "food"), "measure": CROP.measure},
+                          {**row(BAG, 1.0), "measure": "something else"}])
     experiment(tmp_path, "one", {"C2": frame})
     ruling = claims.write_evidence(tmp_path / "two", "C2", frame)
     said = [entry(claims.ledger(tmp_path, "smoke"), "C2", dataset) for dataset in ("cifar10", "food")]
@@ -168,7 +174,7 @@ def test_a_ruling_shows_what_the_ledger_will_say(tmp_path):
         assert f"{each['measure']}: {each['value']}" in html
     assert html.count("<circle") == 3, "the intervals of the measure that decides"
     assert ruling.rows["state"].tolist().count("decides nothing") == 1 and len(ruling.rows) == len(frame) + 1
-    assert ruling.rows.query("measure == @crop.measure")["asked"].eq("above -2 points").all()
+    assert ruling.rows.query("measure == @CROP.measure")["asked"].eq("above -2 points").all()
 
 
 def test_a_ruling_without_evidence_says_that_nothing_was_measured(tmp_path):
@@ -201,8 +207,7 @@ def entry(ledger: pd.DataFrame, claim: str, dataset: str = "") -> dict:
 
 
 def test_the_ledger_has_a_row_per_claim_and_dataset_with_the_worst_value(tmp_path):
-    crop, bag = CLAIMS["C2"].conditions
-    several = pd.DataFrame([*({**row(crop, shift, 1.0), "setting": f"arm {shift}"} for shift in (9.0, 0.5, 4.0)), row(bag, 9.0, 1.0)])
+    several = pd.DataFrame(SEVERAL)
     experiment(tmp_path, "one", {"C2": several, "C4": evidence("C4", "cifar10").drop(index=1)})
     other = pd.concat([several.assign(dataset="synthetic", setting="arm"), evidence("C2", "food", {0: -3.0})])
     experiment(tmp_path, "two", {"C2": other.iloc[[0, 3, 4, 5]]}, "Difference engine")
@@ -212,7 +217,8 @@ def test_the_ledger_has_a_row_per_claim_and_dataset_with_the_worst_value(tmp_pat
     assert ledger["claim"].tolist() == ["C1", "C2", "C2", "C2", "C3", "C4", "C5", "C6", "C7"]
     found = entry(ledger, "C2", "cifar10")
     assert found["verdict"] == UNDECIDED and found["value"] == "-1.5 points (-2.5 to -0.5); worst of 4: arm 0.5"
-    assert found["rule"] == "; ".join(f"patch-based bag over multi-scale {side} above -2 points" for side in ("centre crop", "bag"))
+    sides = ("centre crop", "bag")
+    assert found["rule"] == "; ".join(f"patch-based bag over multi-scale {side} above -2 points" for side in sides)
     assert (found["table"], found["notebook"]) == ("one/tables/claim_c2.csv", "one/one.ipynb")
     assert entry(ledger, "C2", "synthetic")["verdict"] == HOLDS
     assert entry(ledger, "C2", "synthetic")["hardware"] == "Difference engine, 2 cores"

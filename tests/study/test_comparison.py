@@ -143,7 +143,8 @@ def test_a_share_that_leaves_a_side_empty_is_refused(images, finished, share):
         evaluate(finished[0], images[0], share, [1], scale=0.2, progress=False)
 
 
-@pytest.mark.parametrize("wrong", [{"probes": ["svm"]}, {"features": ["g"]}, {"ks": []}, {"ks": [-1]}, {"ks": ["a"]}, {"features": []}, {"scale": 2.0}, {"scale": 0.0}])
+@pytest.mark.parametrize("wrong", [{"probes": ["svm"]}, {"features": ["g"]}, {"ks": []}, {"ks": [-1]}, {"ks": ["a"]},
+                                   {"features": []}, {"scale": 2.0}, {"scale": 0.0}])
 def test_senseless_protocols_are_refused(images, finished, wrong):
     with pytest.raises(InputError):
         evaluate(finished[0], *images, **{"ks": [1], "scale": 0.2, "progress": False, **wrong})
@@ -185,7 +186,8 @@ def test_a_bag_is_compared_with_one_patch_only_if_one_patch_was_measured():
 
 def test_the_median_difference_over_pairs_has_the_bootstrap_interval_of_its_images():
     def rows(right):
-        return pd.DataFrame({"seed": [0], "accuracy": [100 * right.mean()], "correct": [np.packbits(right).tobytes().hex()]})
+        correct = np.packbits(right).tobytes().hex()
+        return pd.DataFrame({"seed": [0], "accuracy": [100 * right.mean()], "correct": [correct]})
 
     generator, images = np.random.default_rng(0), 4000
     base = generator.random(images) < 0.5

@@ -1,4 +1,4 @@
-"""The theory of co-occurrence: identities in float64, optima against numpy's SVD, measures against loops and known worlds."""
+"""The theory of co-occurrence: identities in float64, optima against SVD, measures against loops and known worlds."""
 
 import itertools
 import math
@@ -13,7 +13,8 @@ from bagssl.study import cooccurrence as co
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-JOINTS = {"mixture": co.mixture(12, 5, seed=0), "symmetric": co.symmetric(12, seed=0), "larger": co.mixture(40, 7, seed=1)}
+JOINTS = {"mixture": co.mixture(12, 5, seed=0), "symmetric": co.symmetric(12, seed=0),
+          "larger": co.mixture(40, 7, seed=1)}
 joints = pytest.mark.parametrize("joint", JOINTS.values(), ids=JOINTS.keys())
 weights = pytest.mark.parametrize("w", [0.3, 1.0, 2.5])
 
@@ -228,7 +229,8 @@ def test_the_readout_finds_the_worlds_ratio_in_any_coordinates(world):
     plain = co.learned_ratio(co.readout(z), z[:500], part[:500], 36)[0]
     assert co.fit(plain, joint)["correlation"] > 0.98  # 3,000 quilts have nearly the world's co-occurrence
     turned = z @ normal(36, 36).float() + 3
-    torch.testing.assert_close(co.learned_ratio(co.readout(turned), turned[:500], part[:500], 36)[0], plain, rtol=0, atol=1e-2)
+    readout = co.learned_ratio(co.readout(turned), turned[:500], part[:500], 36)[0]
+    torch.testing.assert_close(readout, plain, rtol=0, atol=1e-2)
     assert abs(co.fit(co.learned_ratio(co.gram, turned[:500], part[:500], 36)[0], joint)["correlation"]) < 0.9
     # negative control: cells that are shuffled between images meet by chance
     shuffled = z.flatten(0, 1)[torch.randperm(48_000, generator=torch.Generator().manual_seed(0))].view_as(z)
