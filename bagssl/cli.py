@@ -75,7 +75,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
                                jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
 
 
-def list_experiments(arguments: argparse.Namespace) -> int:
+def list_experiments(arguments: argparse.Namespace) -> None:
     from bagssl.batch import experiments, stages
 
     rows = [("EXPERIMENT", "PROFILE", "STATE", "COST", "NOTEBOOK", "PAPER")]
@@ -85,65 +85,54 @@ def list_experiments(arguments: argparse.Namespace) -> int:
             notebook = experiment.notebook.name
             rows.append((experiment.name, profile, state, details.cost, notebook, experiment.artefact))
     print(table(rows))
-    return 0
 
 
-def data_list(arguments: argparse.Namespace) -> int:
+def data_list(arguments: argparse.Namespace) -> None:
     from bagssl import data
 
     columns = ("name", "state", "train", "test", "classes", "size", "source")
     rows = [[str(row[name] if row[name] is not None else "") for name in columns] for row in data.status()]
     print(table([[name.upper() for name in columns], *rows]))
-    return 0
 
 
-def data_get(arguments: argparse.Namespace) -> int:
+def data_get(arguments: argparse.Namespace) -> None:
     from bagssl import trees
 
     print(trees.get(arguments.name))
-    return 0
 
 
-def data_add(arguments: argparse.Namespace) -> int:
+def data_add(arguments: argparse.Namespace) -> None:
     from bagssl import trees
 
     print(trees.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force))
-    return 0
 
 
-def data_check(arguments: argparse.Namespace) -> int:
+def data_check(arguments: argparse.Namespace) -> None:
     from bagssl import data
 
     fingerprints = data.check(arguments.name)
     print(f"{arguments.name}: as it was written")
     print(table([*fingerprints.items()]))
-    return 0
 
 
-def pretrain(arguments: argparse.Namespace) -> int:
+def pretrain(arguments: argparse.Namespace) -> None:
     from dataclasses import fields
 
     from bagssl import data, pretraining
     from bagssl.config import PretrainConfig
     from bagssl.parameters import conform
 
-    types = {field.name: field.type.__name__ for field in fields(PretrainConfig)}
+    types = {field.name: field.type.__name__.replace("Mapping", "dict") for field in fields(PretrainConfig)}
     given: dict[str, Any] = assignments(arguments.set)
     for name in ("dataset", "objective", "training", "seed"):
         if getattr(arguments, name) is not None:
             if name in given:
                 raise InputError(f"{name} is given twice: --{name} and --set {name}")
             given[name] = getattr(arguments, name)
-    typed = {name: conform(name, value, _plain(types[name])) if name in types else value
-             for name, value in given.items()}
+    typed = {name: conform(name, value, types[name]) if name in types else value for name, value in given.items()}
     config = PretrainConfig.from_dict(typed)
     run = pretraining.pretrain(config, data.load(config.dataset, "train"), time_limit=arguments.time_limit)
     print(os.path.relpath(run.path))
-    return 0
-
-
-def _plain(annotation: str) -> str:
-    return "dict" if annotation.startswith("Mapping") else annotation
 
 
 def notebooks(arguments: argparse.Namespace) -> int:
@@ -152,19 +141,17 @@ def notebooks(arguments: argparse.Namespace) -> int:
     return refresh_notebooks(arguments.notebook)
 
 
-def report(arguments: argparse.Namespace) -> int:
+def report(arguments: argparse.Namespace) -> None:
     from bagssl.batch.report import write_report
 
     print(os.path.relpath(write_report()))
-    return 0
 
 
-def bench(arguments: argparse.Namespace) -> int:
+def bench(arguments: argparse.Namespace) -> None:
     from bagssl.bench import bench
 
     path = bench(arguments.row, arguments.dataset, arguments.quick, time_limit=arguments.time_limit)
     print("quick sizes: nothing kept" if arguments.quick else os.path.relpath(path))
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -230,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")  # a path that is no UTF-8 is printed as it is
     try:
         arguments = build_parser().parse_args(argv)
-        code = arguments.run(arguments)
+        code = arguments.run(arguments) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code
     except InputError as error:

@@ -70,8 +70,10 @@ def lab(tmp_path_factory):
         path = folder / "config" / "lab" / "user-settings" / "@jupyterlab" / f"{kind}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(setting))
-    places = {"BAGSSL_DATA": "data", "BAGSSL_RESULTS": "results", "BAGSSL_RUNS": "results/runs", "IPYTHONDIR": "ipython",
-              "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "share", "JUPYTER_RUNTIME_DIR": "runtime"}  # fmt: skip
+    places = {
+        "BAGSSL_DATA": "data", "BAGSSL_RESULTS": "results", "BAGSSL_RUNS": "results/runs", "IPYTHONDIR": "ipython",
+        "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "share", "JUPYTER_RUNTIME_DIR": "runtime",
+    }  # fmt: skip
     environment = {**os.environ, **{name: str(folder / place) for name, place in places.items()}}
     with open(folder / "log.txt", "w") as log:
         server = subprocess.Popen(lab_command(), cwd=folder, env=environment, stdout=log, stderr=log)
@@ -93,7 +95,8 @@ def browser():
     asked = os.environ.get("CHROMIUM")
     program = next(filter(None, map(shutil.which, [asked] if asked else BROWSERS)), None)
     if program is None:
-        pytest.fail(f"there is no {asked or ', '.join(BROWSERS)}: install Chromium, or set CHROMIUM to one", pytrace=False)
+        names = asked or ", ".join(BROWSERS)
+        pytest.fail(f"there is no {names}: install Chromium, or set CHROMIUM to one", pytrace=False)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=program, args=["--disable-gpu", "--disable-background-networking"]
@@ -130,7 +133,8 @@ def open_notebook(page, lab, name: str) -> None:
     assert page.locator(".jp-Dialog").all_inner_texts() == []
     assert page.evaluate("jupyterapp.shell.currentWidget.context.path") == name
     assert page.evaluate(f"{KERNEL}.name") == named.name
-    assert named.display_name in page.locator(".jp-Notebook-toolbar .jp-KernelName, .jp-Toolbar-kernelName").first.inner_text()
+    shown = page.locator(".jp-Notebook-toolbar .jp-KernelName, .jp-Toolbar-kernelName").first
+    assert named.display_name in shown.inner_text()
 
 
 def choose(page, menu: str, entry: str) -> None:
@@ -156,7 +160,7 @@ def pictures(cell) -> int:
 
 
 def faults(executed, committed) -> list[str]:
-    """What is wrong with an executed notebook beside the committed one, a line for each cell; empty when all is well."""
+    """What is wrong with an executed notebook beside the committed one, a line for each cell; empty when nothing is."""
     found = []
     for number, (cell, model) in enumerate(zip(executed.cells, committed.cells, strict=True)):
         if cell.cell_type != "code":
@@ -173,7 +177,8 @@ def faults(executed, committed) -> list[str]:
 
 def keep_screenshot(page, name: str) -> None:
     """The whole notebook: the window grows to the height of what it holds."""
-    height = page.evaluate("jupyterapp.shell.currentWidget.content.node.querySelector('.jp-WindowedPanel-inner').scrollHeight")
+    inner = "jupyterapp.shell.currentWidget.content.node.querySelector('.jp-WindowedPanel-inner')"
+    height = page.evaluate(f"{inner}.scrollHeight")
     page.set_viewport_size({"width": 1200, "height": min(height + 250, 16000)})
     page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
     page.wait_for_timeout(SECOND)  # for the layout to follow
@@ -193,7 +198,7 @@ def test_the_lab_opens_the_tour(page, lab):
 def test_a_notebook_runs_from_top_to_bottom(page, lab, path):
     committed = nbformat.read(path, as_version=4)
     open_notebook(page, lab, path.name)
-    assert page.evaluate(PICTURES) == 0  # what is seen later was made here
+    assert page.evaluate(PICTURES) == 0  # what is seen later was made in this test
     executed = run_all(page, lab, path.name)
     keep_screenshot(page, path.stem)
     assert faults(executed, committed) == []

@@ -24,7 +24,8 @@ def project(tmp_path, monkeypatch) -> Path:
     """A checkout with one experiment; nothing in it may run."""
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
-    write_notebook(notebooks / "02.ipynb", ["1"], 'dataset: str = "synthetic"\nepochs: float = 1.0\nks: list[int] = [1]')
+    parameters = 'dataset: str = "synthetic"\nepochs: float = 1.0\nks: list[int] = [1]'
+    write_notebook(notebooks / "02.ipynb", ["1"], parameters)
     profiles = {"smoke": {"cost": "1 min", "parameters": {}}, "laptop": {"cost": "1 h", "parameters": {"ks": [4]}}}
     entry = {"artefact": "claim C2", "notebook": "02.ipynb", "profiles": profiles}
     (notebooks / "experiments.yaml").write_text(yaml.safe_dump({"patch-vs-multiscale": entry}, sort_keys=False))
@@ -155,8 +156,8 @@ def test_pretrain_reads_settings_in_their_types(project, monkeypatch, capsys):
     assert capsys.readouterr().out.strip().endswith("one")
 
 
-WRITES = ["pretrain --set epochs=1 --set views=2 --set width=8 --set size=8 --set batch_size=2000", "reproduce", "report",
-          "data add pets tree"]
+WRITES = ["pretrain --set epochs=1 --set views=2 --set width=8 --set size=8 --set batch_size=2000",
+          "reproduce", "report", "data add pets tree"]
 
 
 @pytest.fixture
@@ -203,8 +204,8 @@ mount -o remount,size=64m "$BAGSSL_RUNS"; "$@" >/dev/null; echo "then with $?" "
 
 def test_a_full_file_system_is_one_line_and_with_room_the_next_call_ends_well(tmp_path):
     def apart(script, *words):
-        return subprocess.run(["unshare", "-Urm", "sh", "-c", script, "sh", *words], capture_output=True, text=True, check=False,
-                              cwd=Path(bagssl.__file__).parent.parent)
+        return subprocess.run(["unshare", "-Urm", "sh", "-c", script, "sh", *words],
+                              capture_output=True, text=True, check=False, cwd=Path(bagssl.__file__).parent.parent)
 
     if not shutil.which("unshare") or apart("mount -t tmpfs none /mnt").returncode:
         pytest.skip("may not mount a file system of its own")
@@ -246,7 +247,8 @@ def test_a_path_that_is_no_utf8_is_printed_as_it_is(tmp_path):
     name = b"\xff-" + b"x" * 300
     for length, code in ((8, 0), (300, 1)):  # the second is longer than a name may be
         root = os.path.join(os.fsencode(tmp_path), name[:length])
-        words = "pretrain --training untrained --set width=8 --set size=8 --set projector_hidden=8 --set projector_dim=8"
+        words = ("pretrain --training untrained --set width=8 --set size=8"
+                 " --set projector_hidden=8 --set projector_dim=8")
         done = subprocess.run([sys.executable, "-m", "bagssl.cli", *words.split()], capture_output=True, check=False,
                               cwd=Path(bagssl.__file__).parent.parent, env={**os.environb, b"BAGSSL_RUNS": root})
         assert done.returncode == code and b"Traceback" not in done.stderr
@@ -254,7 +256,10 @@ def test_a_path_that_is_no_utf8_is_printed_as_it_is(tmp_path):
 
 
 def test_help_and_version_need_no_torch():
-    code = "import sys, bagssl.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = """import sys, bagssl.cli as c
+try: c.main(sys.argv[1:])
+except SystemExit: pass
+assert 'torch' not in sys.modules"""
     for words in (["--version"], ["reproduce", "--help"], ["data", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False,
                               cwd=Path(bagssl.__file__).parent.parent)

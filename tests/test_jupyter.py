@@ -108,7 +108,8 @@ def test_interrupted_it_stops_at_a_checkpoint_says_so_in_one_line_and_goes_on_fr
     after = checkpoint(tmp_path)
     assert 0 < before["step"] < after["step"]
     assert f'value="{before["step"] / (5 * LONG):.3f}"' in of(second, "display_data")[0]["data"]["text/html"]
-    assert after["history"][: len(before["history"])] == before["history"]  # its measured speeds are those of the first run
+    # with the speeds that the first run measured
+    assert after["history"][: len(before["history"])] == before["history"]
 
 
 def test_a_run_that_is_trained_elsewhere_is_waited_for_and_not_trained_again(kernel, tmp_path):

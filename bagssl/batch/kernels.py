@@ -33,6 +33,7 @@ class Board:
         self.said = time.monotonic()
 
     def say(self, text: str, *, title: str = "", error: bool = False) -> None:
+        """Print a line, an error to stderr; the line of what runs now comes again below it."""
         line = " ".join(f"{title}{text}".splitlines())  # a path may hold line breaks
         with self.lock:
             print("\r\033[K" if self.terminal else "", end="", flush=True)
@@ -52,9 +53,7 @@ class Board:
 class Kernels:
     """The notebooks that run now, each in a process of its own, so that one Ctrl-C ends them all.
 
-    Between the batch and a kernel stands the process that executes the notebook (notebook.py). Whichever of the two is
-    killed is noticed and said: KERNEL_KILLED by that process, which then writes it into error.json; and in `run`, when
-    that process itself ends without a word, PROCESS_KILLED.
+    A kernel that is killed is noticed by the process that executes the notebook (notebook.py), and that one by `run`.
     """
 
     def __init__(self) -> None:

@@ -35,17 +35,14 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
     except DeadKernelError:
         return {"ename": KERNEL_KILLED, "evalue": "the kernel died: killed, or out of memory"}
     code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
-    if any(cell.execution_count is None or _has_error(cell) for cell in code):  # papermill passes SystemExit
+    if any(cell.execution_count is None or any(output.output_type == "error" for output in cell.outputs)
+           for cell in code):  # papermill passes SystemExit
         return {"ename": "SystemExit", "evalue": "the notebook ended before its last cell"}
     normalise_notebook(target)
     from bagssl.batch.report import notebook_page
 
     target.with_suffix(".html").write_text(notebook_page(target), encoding="utf-8")
     return {}
-
-
-def _has_error(cell) -> bool:
-    return any(output.output_type == "error" for output in cell.outputs)
 
 
 def normalise_notebook(path: Path) -> None:

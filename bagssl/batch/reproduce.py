@@ -1,14 +1,11 @@
 """The batch: executes the notebooks of notebooks/experiments.yaml, and keeps their results fresh.
 
-An experiment in a profile is a stage, with a key over all that its results depend on (stages.py). Each notebook
-that is not fresh runs in a process of its own (kernels.py, notebook.py), in the folder of the notebooks, into a
-hidden folder beside its results. Only one that ran to its end takes the place of the last good results, and then
-the page of all results is written (report.py). In its environment the kernel finds BAGSSL_OUTPUT, the folder to
-write tables/ and figures/ into; BAGSSL_PROGRESS, a file whose text the terminal shows; and with a time limit
-BAGSSL_DEADLINE, the unix time by which to raise `errors.Stopped`.
-
-Read it downwards: `reproduce`, a stage from its lock to its outcome, what is said at the end; then the two other
-ways to execute notebooks, without Jupyter and in place.
+An experiment in a profile is a stage, with a key over all that its results depend on (stages.py). A notebook whose
+results are not fresh runs in a process of its own (kernels.py, notebook.py), in the folder of the notebooks, into a
+hidden folder beside its results. Only one that ran to its end takes the place of the last good results; from all of
+them follows the page (report.py). In its environment the kernel finds BAGSSL_OUTPUT, the folder to write tables/ and
+figures/ into; BAGSSL_PROGRESS, a file whose text the terminal shows; and with a time limit BAGSSL_DEADLINE, the unix
+time by which to raise `errors.Stopped`.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +45,9 @@ class Outcome:
     message: str
 
 
+NOT_STARTED = Outcome(3, "not started, the time is up; run again to go on")
+
+
 def reproduce(
     names: Sequence[str] = (), profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
     jobs: int = 1, fresh: bool = False, time_limit: float | None = None,
@@ -64,9 +64,9 @@ def reproduce(
     stages = _stages(names, profile, overrides, notebooks, results)
     if jobs > 1:  # share the cores out; torch would otherwise use all of them in every kernel
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
-    codes = _run_all(stages, fresh, deadline, jobs)
-    _say_where(sorted(stage.folder for stage, code in codes.items() if code == 0))
-    _say_failures([stage for stage in stages if codes.get(stage) in (1, 2)], len(stages))
+    works = {stage.experiment.name: functools.partial(_run_stage, stage, fresh, deadline) for stage in stages}
+    codes = _run_all(works, jobs, deadline)
+    _say_ends(stages, codes)
     page_written = 0 not in codes.values() or _write_page(results, profile)
     return _worst(codes.values()) or int(not page_written)
 
@@ -84,20 +84,23 @@ def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | N
     return [plan(experiment, profile, overrides, results=results) for experiment in chosen]
 
 
-def _run_all(stages: Sequence[Stage], fresh: bool, deadline: float, jobs: int) -> dict[Stage, int]:
-    """Run stages, `jobs` of them side by side, until all have ended or been stopped; the exit code of each."""
+def _run_all(works: Mapping[str, Callable[..., Outcome]], jobs: int, deadline: float = math.inf) -> dict[str, int]:
+    """Do works, `jobs` of them side by side, until all have ended or been stopped; the exit code of each.
+
+    A work is called with the kernels to run its notebook in, and with what says a line under its name.
+    """
     board, kernels, codes = Board(), Kernels(), {}
     with sigterm_as_ctrl_c(), ThreadPoolExecutor(jobs) as pool:
         running = {}
-        for i, stage in enumerate(stages, 1):
-            say = functools.partial(board.say, title=f"[{i}/{len(stages)}] {stage.experiment.name}: ")
-            running[pool.submit(_run_stage, stage, fresh, deadline, kernels, say)] = stage, say
+        for i, (name, work) in enumerate(works.items(), 1):
+            say = functools.partial(board.say, title=f"[{i}/{len(works)}] {name}: ")
+            running[pool.submit(work, kernels, say)] = name, say
         while running:
             try:
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    stage, say = running.pop(future)
+                    name, say = running.pop(future)
                     outcome = future.result()
-                    codes[stage] = outcome.code
+                    codes[name] = outcome.code
                     say(outcome.message, error=outcome.code in (1, 2))
                 board.show(kernels.now())
                 if time.monotonic() > deadline + OVERTIME and kernels.live:
@@ -116,7 +119,7 @@ def _run_all(stages: Sequence[Stage], fresh: bool, deadline: float, jobs: int) -
 # ---- one stage
 
 
-def _run_stage(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say) -> Outcome:
+def _run_stage(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable) -> Outcome:
     """Run one stage, alone on this machine: what another bagssl runs is waited for."""
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
     lock, waiting = FileLock(stage.beside("lock")), False
@@ -136,7 +139,7 @@ def _run_stage(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say
         lock.release()
 
 
-def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say) -> Outcome:
+def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable) -> Outcome:
     """Run one stage into its partial folder, and swap that in if all went well; keep it as failed if not."""
     name, (partial, failed, old) = stage.experiment.name, map(stage.beside, ("partial", "failed", "old"))
     if old.exists() and not stage.folder.exists():
@@ -144,7 +147,7 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
     if not fresh and state(stage) == "fresh":
         return Outcome(0, "fresh")
     if time.monotonic() >= deadline:
-        return Outcome(3, "not started, the time is up; run again to go on")
+        return NOT_STARTED
     for path in (partial, old):
         shutil.rmtree(path, ignore_errors=True)
     partial.mkdir()
@@ -205,43 +208,36 @@ def _worst(codes: Collection[int]) -> int:
     return next((code for code in SEVERITY if code in codes), 0)
 
 
-def _say_where(folders: Sequence[Path]) -> None:
-    print("\nThe executed notebooks, with their figures/ and tables/:" if folders else "", flush=True)
-    for folder in folders:
+def _say_ends(stages: Sequence[Stage], codes: Mapping[str, int]) -> None:
+    """Where the results are; and again, where it is seen, what failed, and where its log is."""
+    done, failed = ([stage for stage in stages if codes.get(stage.experiment.name) in ends] for ends in ((0,), (1, 2)))
+    print("\nThe executed notebooks, with their figures/ and tables/:" if done else "", flush=True)
+    for folder in sorted(stage.folder for stage in done):
         figures, tables = (len(list(folder.glob(pattern))) for pattern in ("figures/*.png", "tables/*.md"))
         print(f"  {os.path.relpath(folder / folder.name)}.ipynb: figures {figures}, tables {tables}")
-
-
-def _say_failures(stages: Sequence[Stage], count: int) -> None:
-    """At the end again, where it is seen: what failed, and where its log is."""
-    if not stages or count == 1:  # one failure has just been said
-        return
-    print(f"{len(stages)} of {count} failed:", file=sys.stderr)
-    for stage in stages:
-        print(f"  {stage.experiment.name}: {os.path.relpath(stage.beside('failed') / 'log.txt')}", file=sys.stderr)
+    if failed and len(stages) > 1:  # one failure has just been said
+        print(f"{len(failed)} of {len(stages)} failed:", file=sys.stderr)
+        for stage in failed:
+            log = os.path.relpath(stage.beside("failed") / "log.txt")
+            print(f"  {stage.experiment.name}: {log}", file=sys.stderr)
 
 
 def _write_page(results: Path | None, profile: str) -> bool:
     """Write the page of all results and say what it decides; False, with a line, when it cannot be made."""
     from bagssl.batch.report import write_report
+    from bagssl.study.claims import MISSING, ledger
 
     try:
         page = write_report(results)
-        _say_verdicts(page.parent, profile)
+        print("The claims, on what was measured:")
+        for row in ledger(page.parent, profile).itertuples():
+            if row.verdict != MISSING:
+                print(f"  {row.claim} {row.verdict} on {row.dataset}: {row.measure} {row.value}")
         print(f"All of it on one page: {os.path.relpath(page)}#{profile}")
     except (InputError, OSError) as error:
         print(f"bagssl: no page of all results: {error}", file=sys.stderr)
         return False
     return True
-
-
-def _say_verdicts(results: Path, profile: str) -> None:
-    from bagssl.study.claims import MISSING, ledger
-
-    print("The claims, on what was measured:")
-    for row in ledger(results, profile).itertuples():
-        if row.verdict != MISSING:
-            print(f"  {row.claim} {row.verdict} on {row.dataset}: {row.measure} {row.value}")
 
 
 # ---- without Jupyter, and in place
@@ -257,31 +253,33 @@ def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapp
     """
     deadline = _deadline(time_limit)
     stages = _stages(names, profile, overrides, notebooks)
-    codes = []
+    board, codes = Board(), []
     for i, stage in enumerate(stages, 1):
-        title, begun = f"[{i}/{len(stages)}] {stage.experiment.name}", time.monotonic()
-        if begun >= deadline:
-            print(f"{title}: not started, the time is up; run again to go on", file=sys.stderr)
-            codes.append(3)
-            continue
-        os.environ.update(_unix_deadline(deadline))
-        print(f"{title}: starts", flush=True)
-        try:
-            run_cells(stage.experiment.notebook, stage.parameters)
-        except Stopped as stop:
-            if stop.interrupted:
-                raise
-            print(f"{title}: stopped at the time limit: {stop}", file=sys.stderr)
-            codes.append(3)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - the notebook's own; the other experiments may do better
-            place = next((f"{frame.filename}: " for frame in reversed(traceback.extract_tb(error.__traceback__))
-                          if frame.filename.startswith(stage.experiment.notebook.name)), "")
-            line = error_line({"ename": type(error).__name__, "evalue": error})
-            print(f"{title}: failed: {place}{line}", file=sys.stderr)
-            codes.append(2 if isinstance(error, InputError) else 1)
-        else:
-            print(f"{title}: done in {time.monotonic() - begun:.0f} s", flush=True)
+        say = functools.partial(board.say, title=f"[{i}/{len(stages)}] {stage.experiment.name}: ")
+        outcome = _run_bare(stage, deadline, say)
+        codes.append(outcome.code)
+        say(outcome.message, error=outcome.code != 0)
     return _worst(codes)
+
+
+def _run_bare(stage: Stage, deadline: float, say: Callable) -> Outcome:
+    begun, notebook = time.monotonic(), stage.experiment.notebook
+    if begun >= deadline:
+        return NOT_STARTED
+    say("starts")
+    os.environ.update(_unix_deadline(deadline))
+    try:
+        run_cells(notebook, stage.parameters)
+    except Stopped as stop:
+        if stop.interrupted:
+            raise
+        return Outcome(3, f"stopped at the time limit: {stop}")
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the notebook's own; the other experiments may do better
+        place = next((f"{frame.filename}: " for frame in reversed(traceback.extract_tb(error.__traceback__))
+                      if frame.filename.startswith(notebook.name)), "")
+        line = error_line({"ename": type(error).__name__, "evalue": error})
+        return Outcome(2 if isinstance(error, InputError) else 1, f"failed: {place}{line}")
+    return Outcome(0, f"done in {time.monotonic() - begun:.0f} s")
 
 
 def refresh_notebooks(names: Sequence[str] = (), *, notebooks: Path | None = None) -> int:
@@ -296,24 +294,19 @@ def refresh_notebooks(names: Sequence[str] = (), *, notebooks: Path | None = Non
         if name not in known:
             stems = [each.removesuffix(".ipynb") for each in known]
             raise InputError(f"no notebook {name!r} in {folder}; {nearest(name.removesuffix('.ipynb'), stems)}")
-    board, kernels, worst = Board(), Kernels(), 0
-    for name in names or known:
-        with tempfile.TemporaryDirectory() as temporary, sigterm_as_ctrl_c(), ThreadPoolExecutor(1) as pool:
-            begun, target = time.monotonic(), Path(temporary) / name
-            future = pool.submit(kernels.run, (folder / name).resolve(), target, {}, {"BAGSSL_COMMITTED": "1"})
-            try:
-                while not wait([future], timeout=0.2).done:
-                    board.show(kernels.now())
-            except KeyboardInterrupt:
-                kernels.stopping = True
-                kernels.stop()
-                board.say(f"{name}: interrupted, left as it was")
-                return 130
-            if error := future.result():
-                board.say(f"{name}: failed, left as it was: {error_line(error)}", error=True)
-                worst = 1
-            else:
-                with write_atomically(folder / name) as fresh:
-                    shutil.copyfile(target, fresh)
-                board.say(f"{name}: done in {time.monotonic() - begun:.0f} s")
-    return worst
+    works = {name: functools.partial(_refresh, folder / name) for name in names or known}
+    return _worst(_run_all(works, jobs=1).values())
+
+
+def _refresh(notebook: Path, kernels: Kernels, say: Callable) -> Outcome:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / notebook.name
+        error = kernels.run(notebook.resolve(), target, {}, {"BAGSSL_COMMITTED": "1"})
+        if kernels.stopping:
+            return Outcome(130, "interrupted, left as it was")
+        if error:
+            return Outcome(1, f"failed, left as it was: {error_line(error)}")
+        with write_atomically(notebook) as fresh:
+            shutil.copyfile(target, fresh)
+    return Outcome(0, f"done in {time.monotonic() - begun:.0f} s")

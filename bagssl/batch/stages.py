@@ -33,6 +33,7 @@ class Stage:
     folder: Path
 
     def beside(self, suffix: str) -> Path:
+        """The hidden path beside its results: `partial`, `failed`, `old`, `lock`."""
         return self.folder.with_name(f".{self.folder.name}.{suffix}")
 
 
@@ -61,16 +62,13 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
     dataset = parameters.get("dataset", known.get("dataset", (None, ""))[0])
     fingerprints: dict[str, str] = {}
     if dataset is not None:
-        if fetch:
-            try:
-                _ensure_data(dataset)
-            except InputError as error:
-                raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
         try:
-            fingerprints[dataset] = _fingerprint(dataset)
-        except InputError:
             if fetch:
-                raise
+                _ensure_data(dataset)
+            fingerprints[dataset] = _fingerprint(dataset)
+        except InputError as error:
+            if fetch:
+                raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
             fingerprints[dataset] = (read_record(folder / "status.json").get("data") or {}).get(dataset, "")
     everything = {
         "parameters": {**{name: default for name, (default, _) in known.items()}, **parameters},
@@ -128,18 +126,16 @@ def state(stage: Stage) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file of a result folder -> SHA-256.
-
-    Not of status.json, which holds them, nor of pages, which follow from notebooks.
-    """
+    """Every file of a result folder -> SHA-256; but status.json, which holds them, and pages, made from notebooks."""
     return {path.relative_to(folder).as_posix(): _file_hash(path) for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "status.json" and path.suffix != ".html"}
 
 
 def read_record(path: Path) -> dict:
+    """The mapping in a JSON file; {} for a file that is absent or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
     return {}
 
 
@@ -148,17 +144,18 @@ def write_record(path: Path, content: Mapping) -> None:
 
 
 def stage_provenance(stage: Stage) -> dict[str, Any]:
+    """What a stage is about to be made from, by, and on, for provenance.json."""
     from importlib.metadata import version
 
     from bagssl.runs import provenance
 
-    found, experiment = provenance(), stage.experiment
-    del found["hardware"]["threads"]  # this process's: the kernel's own are in its notebook and its models' records
+    record, experiment = provenance(), stage.experiment
+    del record["hardware"]["threads"]  # this process's: the kernel's own are in its notebook and its models' records
     return {
         "experiment": experiment.name, "profile": stage.profile, "notebook": experiment.notebook.name,
         "parameters": stage.parameters, "data": stage.data, "key": stage.key,
-        "commit": found["commit"], "dirty": found["dirty"], "hardware": found["hardware"],
-        "versions": {**found["versions"], "papermill": version("papermill")}, "start": iso_time(time.time()),
+        "commit": record["commit"], "dirty": record["dirty"], "hardware": record["hardware"],
+        "versions": {**record["versions"], "papermill": version("papermill")}, "start": iso_time(time.time()),
     }  # fmt: skip
 
 
