@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,15 +51,8 @@ class Classifier:
         return F.linear(features.double(), self.weights, self.intercept)
 
 
-def knn(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    k: int = 200,
-    temperature: float = 0.1,
-) -> Accuracy:
+def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 200,
+        temperature: float = 0.1) -> Accuracy:
     """Vote of the k nearest training images by cosine similarity s, each with weight exp(s / temperature).
 
     Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", section 3.4. k is
@@ -91,32 +85,16 @@ def vote(similarity: Tensor, targets: Tensor, classes: int, k: int = 200, temper
     return weight.new_zeros(len(weight), classes).scatter_add_(1, targets[nearest], weight)
 
 
-def linear(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    regularisations: Sequence[float] = STRENGTHS,
-    held_out: float = 0.1,
-    seed: int = 0,
-) -> Accuracy:
-    """Accuracy of `fit_linear`'s classifier on the test images. Raises as it does."""
+def linear(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, **options: Any) -> Accuracy:
+    """Accuracy of `fit_linear`'s classifier on the test images, with its options. Raises as it does."""
     _check(train, train_labels, test, test_labels)
-    options = {"regularisations": regularisations, "held_out": held_out, "seed": seed}
     classifier = fit_linear(train, train_labels, **options)
     predicted = [classifier.classes[classifier.logits(block).argmax(dim=1)] for block in test.split(2**14)]
     return _accuracy(torch.cat(predicted), test_labels, classifier.settings)
 
 
-def fit_linear(
-    train: Tensor,
-    train_labels: Tensor,
-    *,
-    regularisations: Sequence[float] = STRENGTHS,
-    held_out: float = 0.1,
-    seed: int = 0,
-) -> Classifier:
+def fit_linear(train: Tensor, train_labels: Tensor, *, regularisations: Sequence[float] = STRENGTHS,
+               held_out: float = 0.1, seed: int = 0) -> Classifier:
     """Multinomial logistic regression on standardised features, with its strength chosen on held-out images.
 
     Minimises mean cross-entropy + strength / 2 * |weights|^2, the intercept free: a strength is 1 / (C n) in the
@@ -137,17 +115,11 @@ def fit_linear(
     if len(grid) > 1:
         judged = _held_out(targets, held_out, seed)
         if not judged.any():
-            raise InputError(
-                "no class has the two training images that choosing a regularisation takes: add images"
-            )
+            raise InputError("no class has the two training images that choosing a regularisation takes: add images")
         chosen, start, scores = _choose(train.float(), targets, len(classes), judged, grid)
         tried = sorted(scores, reverse=True)
-        settings = {
-            "grid": tried,
-            "held_out_accuracy": [scores[s] for s in tried],
-            "held_out_images": int(judged.sum()),
-            "at_end": chosen in (tried[0], tried[-1]),
-        }
+        settings = {"grid": tried, "held_out_accuracy": [scores[strength] for strength in tried],
+                    "held_out_images": int(judged.sum()), "at_end": chosen in (tried[0], tried[-1])}
     # in double precision, where the line search sees past rounding
     weights, last = _fit(train.double(), targets, len(classes), chosen, start, 1e-6)
     strength = {"probe": "linear", "regularisation": chosen, "C": 1 / (chosen * len(train))}
@@ -168,22 +140,16 @@ def _check(train: Tensor, train_labels: Tensor, *test: Tensor) -> tuple[Tensor, 
     """
     for name, features, labels in (("training", train, train_labels), *[("test", *test)] * bool(test)):
         if features.ndim != 2 or labels.shape != features.shape[:1] or labels.is_floating_point():
-            raise ValueError(
-                f"{name} features must be [images, dim] and labels integers [images], "
-                f"not {tuple(features.shape)} and {labels.dtype} {tuple(labels.shape)}"
-            )
+            raise ValueError(f"{name} features must be [images, dim] and labels integers [images], "
+                             f"not {tuple(features.shape)} and {labels.dtype} {tuple(labels.shape)}")
         if not features.numel():
             raise InputError(f"there are no {name} features to probe: give at least one image")
         if not torch.isfinite(features).all():
             wrong = int((~torch.isfinite(features)).any(dim=1).sum())
-            raise InputError(
-                f"{wrong} of {len(features)} {name} images have NaN or infinite features: "
-                "the encoder has diverged, train it again with a lower learning rate"
-            )
+            raise InputError(f"{wrong} of {len(features)} {name} images have NaN or infinite features: "
+                             "the encoder has diverged, train it again with a lower learning rate")
     if test and train.shape[1] != test[0].shape[1]:
-        raise ValueError(
-            f"training features have {train.shape[1]} dimensions and test features {test[0].shape[1]}"
-        )
+        raise ValueError(f"training features have {train.shape[1]} dimensions and test features {test[0].shape[1]}")
     classes, targets = train_labels.to(train.device).unique(return_inverse=True)
     if len(classes) < 2:
         raise InputError("the training images are all of one class: a probe needs two or more")
@@ -201,9 +167,7 @@ def _held_out(targets: Tensor, share: float, seed: int) -> Tensor:
     return mask.to(targets.device)
 
 
-def _choose(
-    x: Tensor, y: Tensor, classes: int, judged: Tensor, grid: list[float]
-) -> tuple[float, Tensor, dict]:
+def _choose(x: Tensor, y: Tensor, classes: int, judged: Tensor, grid: list[float]) -> tuple[float, Tensor, dict]:
     """The strength that is best on the judged images, its weights, and the accuracy in per cent of each tried."""
     mean, scale = _standard(x[~judged])
     solve = _solver((x[~judged] - mean) / scale, y[~judged], classes)
@@ -237,9 +201,8 @@ def _logits(x: Tensor, weights: Tensor) -> Tensor:
     return torch.addmm(weights[:, -1], x, weights[:, :-1].T)
 
 
-def _fit(
-    x: Tensor, y: Tensor, classes: int, strength: float, start: Tensor | None, tolerance: float
-) -> tuple[Tensor, dict]:
+def _fit(x: Tensor, y: Tensor, classes: int, strength: float, start: Tensor | None,
+         tolerance: float) -> tuple[Tensor, dict]:
     """Logistic regression on features that are standardised here: weights [classes, dim + 1] for them as they are."""
     mean, scale = _standard(x)
     start = None if start is None else start.to(x)
@@ -248,9 +211,7 @@ def _fit(
     return torch.cat([slopes, weights[:, -1:] - slopes @ mean[:, None]], dim=1), last
 
 
-def _solver(
-    x: Tensor, y: Tensor, classes: int
-) -> Callable[[float, Tensor | None, float], tuple[Tensor, dict]]:
+def _solver(x: Tensor, y: Tensor, classes: int) -> Callable[[float, Tensor | None, float], tuple[Tensor, dict]]:
     """The function strength, start, tolerance -> weights [classes, dim + 1], and how the descent ended.
 
     Full-batch L-BFGS. Along the principal axes of the features the Hessian of the first step is diagonal, variance /
@@ -258,9 +219,7 @@ def _solver(
     """
     count, dim = x.shape
     variance, axes = torch.linalg.eigh(x.T @ x / count)
-    rotated = (
-        axes.T @ x.T
-    )  # one class or feature per row: thin products several times faster than with one per column
+    rotated = axes.T @ x.T  # one class or feature per row: thin products are several times faster than with columns
     images = torch.arange(count, device=x.device)
 
     def solve(strength: float, start: Tensor | None, tolerance: float) -> tuple[Tensor, dict]:
@@ -283,14 +242,8 @@ def _solver(
             return value
 
         descent = torch.optim.LBFGS(
-            [point],
-            max_iter=500,
-            max_eval=1000,
-            history_size=20,
-            tolerance_grad=tolerance,
-            tolerance_change=tolerance**2,
-            line_search_fn="strong_wolfe",
-        )
+            [point], max_iter=500, max_eval=1000, history_size=20, line_search_fn="strong_wolfe",
+            tolerance_grad=tolerance, tolerance_change=tolerance**2)  # fmt: skip
         descent.step(loss)
         loss()  # the line search may have ended with another point's gradient
         last = {"gradient": point.grad.abs().max().item(), "evaluations": descent.state[point]["func_evals"]}

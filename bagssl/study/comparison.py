@@ -24,13 +24,9 @@ from bagssl.runs import Run
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
 
 
-def arms(
-    objectives: Sequence[str],
-    seeds: Sequence[int],
-    recipe: Mapping[str, Any],
-    overrides: Mapping[str, Mapping[str, Any]],
-    trainings: Sequence[str] = ("patch-based", "multi-scale"),
-) -> list[PretrainConfig]:
+def arms(objectives: Sequence[str], seeds: Sequence[int], recipe: Mapping[str, Any],
+         overrides: Mapping[str, Mapping[str, Any]],
+         trainings: Sequence[str] = ("patch-based", "multi-scale")) -> list[PretrainConfig]:
     """One configuration per objective, training and seed, and an untrained encoder per seed.
 
     `overrides` maps an objective to the settings in which its recipe differs, the same for both of its arms; those of

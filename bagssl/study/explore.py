@@ -60,18 +60,9 @@ class GrowingBags:
 
 
 def growing_bags(
-    encoder: nn.Module,
-    train: Images,
-    test: Images,
-    chosen: Sequence[int],
-    ks: Sequence[int],
-    *,
-    scale: float,
-    size: int,
-    neighbours: int = 6,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-) -> GrowingBags:
+    encoder: nn.Module, train: Images, test: Images, chosen: Sequence[int], ks: Sequence[int], *, scale: float,
+    size: int, neighbours: int = 6, seed: int = 0, device: torch.device | str | None = None,
+) -> GrowingBags:  # fmt: skip
     """The test images at the places `chosen` as bags of each K in `ks`, among bags of as many training patches.
 
     Patches, seeds and the kNN probe are those of `evaluate`, so the accuracy over all test images is the one it
