@@ -34,7 +34,6 @@ from bagssl.errors import InputError, Stopped, nearest
 from bagssl.paths import cores, home, write_atomically
 
 OVERTIME = 60.0  # seconds past the time limit before a notebook that takes no notice of it is interrupted
-SEVERITY = (130, 1, 2, 3)  # exit codes, the one that decides first
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def reproduce(
     Returns the exit code: 0 all fresh, 1 one failed, 2 one refused its parameters, 3 stopped by the time limit,
     130 by Ctrl-C. Raises InputError, before anything runs, for what is unknown, of the wrong type, or has no data.
     """
-    deadline = _deadline(time_limit)
+    deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)  # the other clock may be set
     stages = _stages(names, profile, overrides, notebooks, results)
     if jobs > 1:  # share the cores out; torch would otherwise use all of them in every kernel
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
@@ -69,11 +68,6 @@ def reproduce(
     _say_ends(stages, codes)
     page_written = 0 not in codes.values() or _write_page(results, profile)
     return _worst(codes.values()) or int(not page_written)
-
-
-def _deadline(time_limit: float | None) -> float:
-    """By the monotonic clock, since the other may be set meanwhile; infinite without a limit."""
-    return math.inf if time_limit is None else time.monotonic() + time_limit
 
 
 def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | None, notebooks: Path | None,
@@ -141,7 +135,7 @@ def _run_stage(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say
 
 def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable) -> Outcome:
     """Run one stage into its partial folder, and swap that in if all went well; keep it as failed if not."""
-    name, (partial, failed, old) = stage.experiment.name, map(stage.beside, ("partial", "failed", "old"))
+    partial, failed, old = map(stage.beside, ("partial", "failed", "old"))
     if old.exists() and not stage.folder.exists():
         os.replace(old, stage.folder)  # a swap was cut short
     if not fresh and state(stage) == "fresh":
@@ -152,9 +146,8 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
         shutil.rmtree(path, ignore_errors=True)
     partial.mkdir()
     say("starts")
-    begun, provenance = time.monotonic(), stage_provenance(stage)
+    begun, provenance, target = time.monotonic(), stage_provenance(stage), partial / f"{stage.experiment.name}.ipynb"
     environment = {"BAGSSL_OUTPUT": str(partial.resolve()), **_unix_deadline(deadline)}
-    target = partial / f"{name}.ipynb"
     error = kernels.run(stage.experiment.notebook.resolve(), target, stage.parameters, environment)
     seconds = time.monotonic() - begun
     if error:
@@ -170,8 +163,11 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
     write_record(partial / "provenance.json", provenance)
     record = {"state": "done", "key": stage.key, "data": stage.data, "files": hashes(partial)}
     write_record(partial / "status.json", record)
-    _swap(partial, stage.folder, old)
-    shutil.rmtree(failed, ignore_errors=True)
+    if stage.folder.exists():  # at no moment are both the old and the new results gone
+        os.replace(stage.folder, old)
+    os.replace(partial, stage.folder)
+    for path in (old, failed):
+        shutil.rmtree(path, ignore_errors=True)
     return Outcome(0, f"done in {seconds:.0f} s")
 
 
@@ -188,14 +184,6 @@ def _outcome(error: Mapping[str, Any], seconds: float, overtime: float, stopping
     return Outcome(code, f"failed after {seconds:.0f} s: {error_line(error)} (see {kept})")
 
 
-def _swap(partial: Path, folder: Path, old: Path) -> None:
-    """Put `partial` in the place of `folder`; at no moment are both the old and the new results gone."""
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _unix_deadline(deadline: float) -> dict[str, str]:
     """$BAGSSL_DEADLINE, if there is one, by the clock that other processes share."""
     return {} if deadline == math.inf else {"BAGSSL_DEADLINE": f"{time.time() + deadline - time.monotonic():.3f}"}
@@ -205,7 +193,7 @@ def _unix_deadline(deadline: float) -> dict[str, str]:
 
 
 def _worst(codes: Collection[int]) -> int:
-    return next((code for code in SEVERITY if code in codes), 0)
+    return next((code for code in (130, 1, 2, 3) if code in codes), 0)
 
 
 def _say_ends(stages: Sequence[Stage], codes: Mapping[str, int]) -> None:
@@ -251,7 +239,7 @@ def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapp
     what was trained before is not trained again. Tables and figures go to results/by-hand/. Takes, returns and raises
     what `reproduce` does, but that Ctrl-C raises.
     """
-    deadline = _deadline(time_limit)
+    deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
     stages = _stages(names, profile, overrides, notebooks)
     board, codes = Board(), []
     for i, stage in enumerate(stages, 1):
