@@ -198,7 +198,7 @@ def test_the_lab_opens_the_tour(page, lab):
 def test_a_notebook_runs_from_top_to_bottom(page, lab, path):
     committed = nbformat.read(path, as_version=4)
     open_notebook(page, lab, path.name)
-    assert page.evaluate(PICTURES) == 0  # what is seen later was made in this test
+    assert page.evaluate(PICTURES) == 0  # what is seen later was drawn in this test
     executed = run_all(page, lab, path.name)
     keep_screenshot(page, path.stem)
     assert faults(executed, committed) == []
