@@ -1,7 +1,5 @@
 """The distribution of training patches, and how numbers are drawn from it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 

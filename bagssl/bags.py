@@ -3,8 +3,6 @@
 Nothing is resized but what the encoder's input asks for, and nothing is coloured: evaluation sees pixels as they are.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

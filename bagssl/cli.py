@@ -1,7 +1,5 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a time limit, 130 by Ctrl-C, SIGTERM."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import io

@@ -6,10 +6,9 @@ loops over patches or waits for the device. Choices by 0 and 1 are made with ler
 times faster on the CPU than where.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Generator, Tensor
@@ -35,11 +34,11 @@ class Colour:
     sigma: Tensor | None = None  # float [n], pixels
     solarise: Tensor | None = None  # bool [n]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Colour:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """`change` of each tensor."""
         return Colour(**{name: None if value is None else change(value) for name, value in vars(self).items()})
 
-    def __getitem__(self, part: slice) -> Colour:
+    def __getitem__(self, part: slice) -> Self:
         """The changes of some of the patches."""
         return self.map(lambda values: values[part])
 

@@ -5,8 +5,6 @@ their SHA-256 fingerprints, which are checked whenever it is read. `EMBEDDED` on
 There is no fallback to other data: what is absent or damaged is an `InputError` that says how to add it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import hashlib
@@ -15,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,11 +69,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def to(self, device: torch.device | str) -> Images:
+    def to(self, device: torch.device | str) -> Self:
         """The same images on a device."""
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
-    def take(self, index: Tensor) -> Images:
+    def take(self, index: Tensor) -> Self:
         """The images at `index` (int64 or bool [M]), with a fingerprint of their own."""
         index = index.to(self.pixels.device)
         return Images(self.pixels[index], self.labels[index], self.classes)

@@ -1,7 +1,5 @@
 """Which device trains and embeds, in which precision, and what of it is compiled."""
 
-from __future__ import annotations
-
 import os
 
 import torch

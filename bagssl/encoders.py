@@ -4,8 +4,6 @@ The encoders are torchvision's residual networks with the stem that small pictur
 stride 1 and no max-pooling. The projectors are lightly's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A finished run measured: bags of its embeddings, then probes; the protocol and its result stay with the run."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

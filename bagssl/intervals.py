@@ -5,8 +5,6 @@ out, by images. The bootstraps are percentile intervals (Efron 1979) of RESAMPLE
 same images are drawn for each measure, and differences are paired.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import lru_cache

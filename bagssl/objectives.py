@@ -7,8 +7,6 @@ Losses are computed in float32 whatever the precision of z: bf16 Gram matrices b
 `@objective` makes such a function known by its name, and declares its options with their defaults.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -18,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Terms = dict[str, Tensor]
-OBJECTIVES: dict[str, Objective] = {}
 
 
 class Objective:
@@ -30,6 +27,9 @@ class Objective:
 
     def __call__(self, *z: Tensor, **options: float) -> Terms:
         return self.function(*z, **{**self.options, **options})
+
+
+OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(**declared: float | bool) -> Callable[[Callable[..., Terms]], Objective]:

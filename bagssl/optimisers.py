@@ -1,7 +1,5 @@
 """The optimisers: torch's AdamW and SGD, and a LARS that does not wait for the device."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer

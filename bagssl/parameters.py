@@ -1,7 +1,5 @@
 """The parameters of notebooks: one annotated literal a line in the cell tagged `parameters`."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

@@ -8,12 +8,11 @@ Nothing loops over images or waits for the device. A patch in its own pixels is 
 separable, hence two batched products with matrices of weights.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Generator, Tensor
@@ -40,7 +39,7 @@ class Draws:
     colour: Colour
     side: int | None
 
-    def of(self, images: slice) -> Draws:
+    def of(self, images: slice) -> Self:
         """The draws of some of the batch's images, in all their views."""
         def some(values: Tensor) -> Tensor:
             return values.unflatten(0, (self.views, -1))[:, images].flatten(0, 1)

@@ -1,7 +1,5 @@
 """Where things lie, how many cores there are, and how a file is written so that a reader never sees half of it."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -9,8 +9,6 @@ that, `_train` keeps the time, the history and the checkpoint, and at the end wr
 embedding h is what bags.py makes of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

@@ -4,8 +4,6 @@ Features are [images, dim], labels [images]; both probes run where the features 
 probe chooses depends on the test labels: they are read once, to count what is right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """One live line for long work: tqdm's bar in a terminal, one self-replacing line in a notebook (also by papermill)."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

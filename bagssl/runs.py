@@ -13,8 +13,6 @@ Every JSON file holds the SHA-256 of its own content, metrics.json those of the 
 was damaged is not believed. A finished folder can be copied to another machine and used there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import hashlib

@@ -10,8 +10,6 @@ Everything is integer arithmetic on the raw output of PCG64 (which NumPy keeps s
 machines, unlike the methods of its Generator), so pixels and fingerprints are the same everywhere.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations

@@ -4,8 +4,6 @@ All that comes in is checked before a cache is written: an image that cannot be 
 tree, a part of CIFAR under the name of the whole are an `InputError`, one line that says what to do.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

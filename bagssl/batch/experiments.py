@@ -1,7 +1,5 @@
 """notebooks/experiments.yaml, the only list of experiments: what each regenerates, by which notebook, how large."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Several notebooks side by side: each in a process of its own, one line in the terminal and one Ctrl-C for all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

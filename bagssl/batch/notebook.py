@@ -1,7 +1,5 @@
 """One notebook, executed: by papermill in the process that `kernels.Kernels` starts, or bare, as a script."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

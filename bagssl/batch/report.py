@@ -4,8 +4,6 @@ What it says comes from the ledger, the tables and figures, and the executed not
 reading, which these name by the tags of their cells.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import io

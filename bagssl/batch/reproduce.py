@@ -8,8 +8,6 @@ figures/ into; BAGSSL_PROGRESS, a file whose text the terminal shows; and with a
 time by which to raise `errors.Stopped`.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

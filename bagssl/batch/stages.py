@@ -1,7 +1,5 @@
 """What is fresh: an experiment in a profile, with a key over all that its results depend on."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

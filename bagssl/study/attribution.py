@@ -7,8 +7,6 @@ logit; what is shared by all classes tells nothing, and the weights of a regular
 Terms are float64 [patches, images, classes], boxes int64 [patches, images, 4] (top, left, height, width) in pixels.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

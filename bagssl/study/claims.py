@@ -8,8 +8,6 @@ makes the claim harder. Evidence is a tidy frame, one measured value with its 95
 An exact check has low = high = value. Rows whose measure no rule names are kept, and decide nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +104,7 @@ CLAIMS = {
 # ---- evidence
 
 
-def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> Ruling:
+def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> "Ruling":
     """Check the evidence, write output/tables/claim_c4.csv, .md and .tex, and say what it decides.
 
     Raises InputError for evidence that cannot be judged.

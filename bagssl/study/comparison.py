@@ -1,7 +1,5 @@
 """The comparison of claim C2: arms of one objective that differ only in their crops, over seeds."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping, Sequence

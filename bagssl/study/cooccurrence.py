@@ -16,8 +16,6 @@ With U = D^1/2 z, D the diagonal of p, and A = D^-1/2 joint D^-1/2, L_C is the s
 the optimum is the best approximation of A of rank D by Eckart and Young, and known from the eigenvectors of A.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

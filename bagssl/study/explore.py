@@ -3,8 +3,6 @@
 What a notebook shows of it is one piece of HTML with its data inside: it needs no kernel, no network, no other file.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Frames are tidy: objective, training, k (0 = centre crop), probe, feature, accuracy_mean, accuracy_std, seeds.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

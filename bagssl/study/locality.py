@@ -8,8 +8,6 @@ Images are independent of each other, the patches of one image are not. So a mea
 and one denominator per image; its value is the ratio of their means, and `estimate` resamples images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

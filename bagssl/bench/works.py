@@ -1,0 +1,63 @@
+"""The works that several rows measure: some steps of training, some patches embedded, a product of matrices."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from bagssl import bags, pretraining
+from bagssl.bench.race import Machine, Work
+from bagssl.config import PretrainConfig
+
+
+def train_steps(machine: Machine, config: PretrainConfig, count: int) -> Work:
+    """A run of `count` steps, a new seed each time: crops, and the seconds from the first step to the last.
+
+    It logs as rarely as a long run does: a log waits for the device.
+    """
+    seeds = iter(range(10**9))
+
+    def work() -> tuple[int, float]:
+        with mock.patch.object(pretraining, "LOGS", 10):
+            seconds, _ = run_steps(machine, replace(config, seed=next(seeds)), count)
+        return count * config.views * config.batch_size, seconds
+
+    return work
+
+
+def run_steps(machine: Machine, config: PretrainConfig, steps: int) -> tuple[float, nn.Module]:
+    """Seconds from the first step to the last, and the encoder."""
+    config = replace(config, epochs=steps / (len(machine.train) // config.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        run = pretraining.pretrain(config, machine.train, Path(folder), progress=False)
+        return run.metrics["seconds"], pretraining.load_encoder(run, machine.device)
+
+
+def short_run(machine: Machine, config: PretrainConfig) -> int:
+    """Steps of a run that is short, but long against its beginning and end."""
+    return max(2, machine.size["crops"][config.size] // (4 * config.views * config.batch_size))
+
+
+def embed_patches(machine: Machine, encoder: nn.Module, pixels: Tensor, k: int, size: int) -> Work:
+    ks = sorted({1, 4, 16, 64, k} & set(range(k + 1)))
+
+    def work() -> int:
+        bags.embed_bags(encoder, pixels, ks, scale=0.25, size=size, device=machine.device)
+        return k * len(pixels)
+
+    return work
+
+
+def product(machine: Machine) -> Work:
+    """A product of two square matrices, in floating-point operations."""
+    n = machine.size["product"]
+    a, b = (torch.rand(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
+
+    def work() -> int:
+        torch.mm(a, b)
+        return 2 * n**3
+
+    return work
