@@ -21,18 +21,9 @@ BATCH = {"cpu": 256, "cuda": 4096}  # crops: what stays in a processor's cache, 
 COMPILE_FROM = 5_000_000  # crops on CUDA: compiling takes 12 s there, and spares 2 microseconds of each
 
 
-def embed_bags(
-    encoder: nn.Module,
-    pixels: Tensor,
-    ks: Sequence[int],
-    *,
-    scale: float,
-    size: int,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    batch: int | None = None,
-    progress: bool = False,
-) -> dict[int, Tensor]:
+def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: float, size: int, seed: int = 0,
+               device: torch.device | str | None = None, batch: int | None = None,
+               progress: bool = False) -> dict[int, Tensor]:
     """The mean embedding of the first K of max(ks) random patches of each image, for each K in `ks`.
 
     encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is.
@@ -47,9 +38,7 @@ def embed_bags(
     if not ks or any(k < 0 or k != int(k) for k in ks):
         raise InputError(f"K must be a list of whole numbers of at least 0, not {ks}: 0 is the centre crop")
     if not 0 < scale <= 1:
-        raise InputError(
-            f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area"
-        )
+        raise InputError(f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area")
     embed, device, batch = _prepare(encoder, pixels, device, batch, len(pixels) * max(ks))
     count, most, done, bags = len(pixels), max(ks), 0, {}
     with progress_bar(count * (most + (0 in ks)), 0, "embed", progress) as update:
@@ -58,9 +47,7 @@ def embed_bags(
             bags[0] = torch.cat(whole)
             update(done := count, "")
         before = 0
-        for images, start, h in _chunks(
-            embed, pixels, _boxes(pixels, most, scale, seed), size, device, batch
-        ):
+        for images, start, h in _chunks(embed, pixels, _boxes(pixels, most, scale, seed), size, device, batch):
             total = h.cumsum(dim=0) + (before if start else 0)
             before = total[-1]
             for k in ks:
@@ -72,25 +59,16 @@ def embed_bags(
     return {k: bags[k].cpu() for k in ks}  # but for the first batch's check, the only wait for the device
 
 
-def patch_embeddings(
-    encoder: nn.Module,
-    pixels: Tensor,
-    boxes: Tensor,
-    size: int,
-    *,
-    device: torch.device | str | None = None,
-    batch: int | None = None,
-    progress: bool = False,
-) -> Tensor:
+def patch_embeddings(encoder: nn.Module, pixels: Tensor, boxes: Tensor, size: int, *,
+                     device: torch.device | str | None = None, batch: int | None = None,
+                     progress: bool = False) -> Tensor:
     """The embedding of each of K boxes in each image, as float32 [K, N, dim] on the CPU.
 
     boxes: whole numbers [K, N, 4] (top, left, height, width); the rest as in `embed_bags`.
     """
     embed, device, batch = _prepare(encoder, pixels, device, batch)
     if boxes.ndim != 3 or boxes.shape[1:] != (len(pixels), 4) or not len(boxes):
-        raise ValueError(
-            f"boxes must be [patches, {len(pixels)}, 4] for {len(pixels)} images, not {list(boxes.shape)}"
-        )
+        raise ValueError(f"boxes must be [patches, {len(pixels)}, 4] for {len(pixels)} images, not {list(boxes.shape)}")
     done, embeddings = 0, None
     with progress_bar(boxes.shape[0] * boxes.shape[1], 0, "embed", progress) as update:
         for images, start, h in _chunks(embed, pixels, boxes, size, device, batch):
@@ -119,9 +97,8 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _prepare(
-    encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None, crops: int = 0
-) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
+def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None,
+             crops: int = 0) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
     """The function crops [M, 3, s, s] -> float32 [M, dim], the device it works on, and crops per batch.
 
     crops: how many are to be embedded by it.
@@ -169,14 +146,8 @@ def _boxes(pixels: Tensor, count: int, scale: float, seed: int) -> Tensor:
     return boxes
 
 
-def _chunks(
-    embed: Callable[[Tensor], Tensor],
-    pixels: Tensor,
-    boxes: Tensor,
-    size: int,
-    device: torch.device,
-    batch: int,
-) -> Iterator[tuple[slice, int, Tensor]]:
+def _chunks(embed: Callable[[Tensor], Tensor], pixels: Tensor, boxes: Tensor, size: int, device: torch.device,
+            batch: int) -> Iterator[tuple[slice, int, Tensor]]:
     """Which images, the first patch, and the embeddings [patches, images, dim] of a chunk of at most `batch` crops.
 
     All patches of some images, then of the next, so that each image is read once; where one image has more patches

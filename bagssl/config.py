@@ -170,13 +170,9 @@ class PretrainConfig:
         """The distribution of the training crops."""
         fixed = self.training != "multi-scale"
         colour = ("flip", "brightness", "contrast", "saturation", "hue", "jitter", "grey", "blur", "solarise")
-        return Augmentation(
-            scale=(self.patch_scale, self.patch_scale) if fixed else (self.min_scale, 1.0),
-            ratio=(1.0, 1.0) if fixed else (3 / 4, 4 / 3),
-            size=self.size,
-            grid=self.grid,
-            **{name: getattr(self, name) for name in colour},
-        )
+        return Augmentation(scale=(self.patch_scale, self.patch_scale) if fixed else (self.min_scale, 1.0),
+                            ratio=(1.0, 1.0) if fixed else (3 / 4, 4 / 3), size=self.size, grid=self.grid,
+                            **{name: getattr(self, name) for name in colour})
 
 
 _WANTED = {float: "a finite number", int: "a whole number", str: "a word", bool: "true or false"}

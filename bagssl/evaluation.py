@@ -27,19 +27,10 @@ RECENT = 2**31  # bytes of bags that a process remembers: several evaluations lo
 _recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K -> bags
 
 
-def evaluate(
-    run: Run,
-    train: Images,
-    test: Images | float,
-    ks: Sequence[int],
-    *,
-    probes: Sequence[str] = ("knn", "linear"),
-    features: Sequence[str] = ("h",),
-    scale: float | Sequence[float],
-    seed: int = 0,
-    device: str = "auto",
-    progress: bool = True,
-) -> list[dict[str, Any]]:
+def evaluate(run: Run, train: Images, test: Images | float, ks: Sequence[int], *,
+             probes: Sequence[str] = ("knn", "linear"), features: Sequence[str] = ("h",),
+             scale: float | Sequence[float], seed: int = 0, device: str = "auto",
+             progress: bool = True) -> list[dict[str, Any]]:
     """Accuracy of `run` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
     test: images, or a share of `train` to hold out, drawn at random, for a choice that must not see the test images.
@@ -89,9 +80,8 @@ def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[
         raise InputError(f"ks = {list(ks)!r} needs a K above 0: 0 is the centre crop, and no bag")
 
 
-def _measure(
-    run: Run, train: Images, test: Images | float, protocol: dict[str, Any], device: str, progress: bool
-) -> list[dict[str, Any]]:
+def _measure(run: Run, train: Images, test: Images | float, protocol: dict[str, Any], device: str,
+             progress: bool) -> list[dict[str, Any]]:
     networks = {"h": load_encoder(run, device)}
     if "z" in protocol["features"]:
         networks["z"] = load_projector(run, device)

@@ -111,14 +111,8 @@ def fixed_side(scale: tuple[float, float], ratio: tuple[float, float], height: i
     return native_size(scale[0], height, width) if scale[0] == scale[1] and ratio == (1, 1) else None
 
 
-def draw_boxes(
-    count: int,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    generator: Generator,
-) -> Tensor:
+def draw_boxes(count: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
+               generator: Generator) -> Tensor:
     """Draw boxes with the distribution of torchvision's RandomResizedCrop.
 
     The area is uniform, the ratio log-uniform, the sides rounded, the offsets uniform over all that fit; the first
@@ -154,9 +148,7 @@ def grid_boxes(height: int, width: int, side: int, grid: int, device: torch.devi
     return torch.cat([corners, torch.full_like(corners, side)], 1)
 
 
-def draw_cells(
-    views: int, batch: int, height: int, width: int, side: int, grid: int, generator: Generator
-) -> Tensor:
+def draw_cells(views: int, batch: int, height: int, width: int, side: int, grid: int, generator: Generator) -> Tensor:
     """Draw `views` different cells of the grid (see `grid_boxes`) in each of `batch` images.
 
     Any two views of an image are equally likely to be any two different cells, in either order.
@@ -185,15 +177,8 @@ def evaluation_boxes(count: int, n: int, height: int, width: int, scale: float, 
 # ---- cutting
 
 
-def crop(
-    pixels: Tensor,
-    boxes: Tensor,
-    size: int,
-    flip: Tensor | None = None,
-    *,
-    image: Tensor | None = None,
-    side: int | None = None,
-) -> Tensor:
+def crop(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None, *, image: Tensor | None = None,
+         side: int | None = None) -> Tensor:
     """Cut boxes out of images, resize them to `size` (bilinear, antialiased) and mirror them where `flip` says so.
 
     pixels: uint8, or float in [0, 1], [N, 3, H, W]; boxes: int64 [M, 4] (top, left, height, width), inside the image;

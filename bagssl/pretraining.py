@@ -39,18 +39,9 @@ from bagssl.runs import Run
 LOGS = 200  # rows of a run's history: each waits for the device
 
 
-def pretrain(
-    config: PretrainConfig,
-    images: Images,
-    root: Path | None = None,
-    *,
-    device: str = "auto",
-    precision: str = "auto",
-    compiled: str = "auto",
-    time_limit: float | None = None,
-    checkpoint_every: float = 60.0,
-    progress: bool = True,
-) -> Run:
+def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *, device: str = "auto",
+             precision: str = "auto", compiled: str = "auto", time_limit: float | None = None,
+             checkpoint_every: float = 60.0, progress: bool = True) -> Run:
     """The finished run of `config` on `images`: trained, or resumed, or found in the store at `root`.
 
     Stopped by Ctrl-C, SIGTERM or after `time_limit` seconds ($BAGSSL_DEADLINE, in Unix time, counts as well), it

@@ -411,9 +411,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> tuple[str | None, bool | None]:
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(home()), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, check=True,
+                              timeout=20).stdout.strip()
 
     if not (home() / "bagssl" / Path(__file__).name).exists():  # installed: the working folder is not our checkout
         return None, None

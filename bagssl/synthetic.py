@@ -103,12 +103,8 @@ def world() -> World:
     tickets = torch.from_numpy(_tickets())
     total = int(tickets[0].sum())
     names = tuple(f"{colour} {motif}" for motif in MOTIFS for colour in COLOURS)
-    return World(
-        parts=torch.from_numpy(_parts()).permute(0, 3, 1, 2).contiguous(),
-        names=names,
-        class_part=tickets.double() / total,
-        joint=(tickets.T @ tickets).double() / (len(tickets) * total**2),
-    )
+    return World(parts=torch.from_numpy(_parts()).permute(0, 3, 1, 2).contiguous(), names=names,
+                 class_part=tickets.double() / total, joint=(tickets.T @ tickets).double() / (len(tickets) * total**2))
 
 
 def generate(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,5 +86,4 @@ def choose(experiments: Mapping[str, Experiment], names: Sequence[str], profile:
         if profile not in experiments[name].profiles:
             known = ", ".join(experiments[name].profiles)
             raise InputError(f"experiment {name} has no profile {profile}; it has: {known} (--profile)")
-    return [experiments[name] for name in dict.fromkeys(names or experiments)
-            if profile in experiments[name].profiles]
+    return [experiments[name] for name in dict.fromkeys(names or experiments) if profile in experiments[name].profiles]

@@ -232,8 +232,7 @@ def inner_boxes(count: int, pixels: Tensor, scale: float, shifts: Sequence[int],
     return boxes + torch.tensor([margin, margin, 0, 0])
 
 
-def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int],
-            seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int], seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """{name: (pixels, boxes)} of patches changed, all those of one image in the one way that is drawn for it.
 
     "shift d px": up, down, left or right; "scale": twice or half the area about the same centre; "colour":
@@ -283,10 +282,9 @@ def whitened(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     return tuple((each.double() - flat.mean(dim=0)) @ scaled for each in (before, after))
 
 
-def measures(
-    encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,
-    count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0, **options,
-) -> dict[tuple[str, str, str], Ratio]:
+def measures(encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,
+             count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0,
+             **options) -> dict[tuple[str, str, str], Ratio]:
     """All of the above on `count` patches per image: {("h" or "z", "patch" or "bag", name): measure}.
 
     Names: "position R2" (of patches alone), those of `neighbours`, each also with " by chance", and those of
