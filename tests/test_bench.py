@@ -7,18 +7,22 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import conv3x3
 
 from bagssl import bench, cli
-from bagssl.study import figures
+from bagssl.bench.embedding import probing
+from bagssl.bench.race import ROUNDS, Machine, compared, exponent, race, time
+from bagssl.bench.training import native_size, training
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError, Stopped
+from bagssl.study import figures
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only work moves."""
     now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -32,10 +36,10 @@ def test_works_take_turns_and_are_counted_in_units_per_second(clock):
             return units
         return do
 
-    rates = bench.race({"a": work("a", 0.5, 10), "b": work("b", 2.0, 10)}, 1.0, rounds=3)
+    rates = race({"a": work("a", 0.5, 10), "b": work("b", 2.0, 10)}, 1.0, rounds=3)
     assert rates == {"a": [20.0] * 3, "b": [5.0] * 3}
     assert calls == ["a", "b", *["a", "a", "b"] * 3]  # one of each to warm up
-    row = bench.compared("this", rates, "crops/s", aim=2)
+    row = compared("this", rates, "crops/s", aim=2)
     assert (row["ratio"], row["low"], row["high"], row["rounds"]) == (4, 4, 4, 3) and row["ours"] == "a"
 
 
@@ -44,19 +48,19 @@ def test_a_work_may_bring_its_own_clock(clock):
         clock[0] += 100.0  # of which a tenth counts
         return 5, 10.0
 
-    assert bench.race({"a": work}, 15.0, rounds=2) == {"a": [0.5] * 2}
+    assert race({"a": work}, 15.0, rounds=2) == {"a": [0.5] * 2}
 
 
 def test_memory_is_what_the_work_adds():
     # in a process of its own, as the bench does: one that has worked before may have that much to hand out again
     code = """if True:
         import torch
-        from bagssl import bench
-        machine = bench.Machine("synthetic", quick=True)
+        from bagssl.bench.race import Machine, memory_of
+        machine = Machine("synthetic", quick=True)
         for work in (lambda: torch.ones(2**25), lambda: None):
-            before = bench._memory(machine)
+            before = memory_of(machine)
             work()  # its result is gone at once: a peak, not what is left
-            print(before, bench._memory(machine, peak=True) - before)
+            print(before, memory_of(machine, peak=True) - before)
     """
     words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     before, work, _, nothing = map(float, words)
@@ -66,28 +70,29 @@ def test_memory_is_what_the_work_adds():
 
 
 def test_a_ratio_is_the_median_over_rounds_with_its_spread():
-    row = bench.compared("this", {"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "crops/s")
+    row = compared("this", {"a": [1.0, 4.0, 9.0], "b": [1.0, 2.0, 3.0]}, "crops/s")
     assert (row["ratio"], row["low"], row["high"], row["rate"], row["their rate"]) == (2, 1, 3, 4, 2)
     assert "2 (1 to 3)" in bench.line(row)
 
 
 def test_the_exponent_of_growth():
-    assert bench._exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
 
 
 def test_the_stock_network_is_the_same_function_of_torchs_own_layers():
     encoder = build_encoder("resnet10", 8).double().eval()
+    stock = build_encoder("resnet10", 8, seed=1, conv=conv3x3).double().eval()
+    stock.load_state_dict(encoder.state_dict())
     x = torch.rand(2, 3, 16, 16, dtype=torch.double)
     with torch.inference_mode():
-        ours, theirs = encoder(x), bench._stock(encoder)(x)
-    torch.testing.assert_close(ours, theirs)
-    assert {type(module) for module in encoder.modules() if isinstance(module, nn.Conv2d)} == {nn.Conv2d}
+        torch.testing.assert_close(encoder(x), stock(x))
+    assert {type(module) for module in stock.modules() if isinstance(module, nn.Conv2d)} == {nn.Conv2d}
 
 
 def test_rows_are_measured_shown_and_kept(tmp_path, capsys):
     path = bench.bench(["coding-rate"], "synthetic", quick=True, output=tmp_path / "here.json")
     (row,) = json.loads(path.read_text())["rows"]["coding-rate"]
-    assert row["rounds"] == bench.ROUNDS and row["ratio"] > 0 and row["dataset"] == "synthetic" and "commit" in row
+    assert row["rounds"] == ROUNDS and row["ratio"] > 0 and row["dataset"] == "synthetic" and "commit" in row
     assert "TCR" in capsys.readouterr().out
     table = bench.table(json.loads(path.read_text()))
     assert path.with_suffix(".md").read_text() == figures.markdown(table)
@@ -95,16 +100,16 @@ def test_rows_are_measured_shown_and_kept(tmp_path, capsys):
 
 
 def test_both_sides_of_a_training_row_train(monkeypatch):
-    machine = bench.Machine("synthetic", quick=True)
-    monkeypatch.setattr(bench, "ROUNDS", 2)
-    for (row,) in (bench.training(machine), bench.native_size(machine)):
+    machine = Machine("synthetic", quick=True)
+    monkeypatch.setitem(training.__globals__, "ROUNDS", 2)
+    for (row,) in (training(machine), native_size(machine)):
         assert row["rate"] > 0 and row["their rate"] > 0 and row["rounds"] == 2
         assert 0 < row["kNN"] <= 100 and 0 < row["their kNN"] <= 100
         assert row["kNN difference"] == pytest.approx(row["kNN"] - row["their kNN"])
 
 
 def test_both_probes_are_timed():
-    rows = list(bench.probing(bench.Machine("synthetic", quick=True)))
+    rows = list(probing(Machine("synthetic", quick=True)))
     assert [row["measure"].split()[0] for row in rows] == ["kNN", "linear"] and all(row["ratio"] > 0 for row in rows)
 
 

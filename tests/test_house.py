@@ -45,11 +45,13 @@ def house(root: Path) -> dict[str, Room]:
 
 def imported(name: str, source: str, known: dict[str, str]) -> Iterator[str]:
     """The modules that a module imports: of `known` by their full name, of others as they are written."""
+    folder = any(other.startswith(f"{name}.") for other in known)  # a dot in its __init__.py is itself
+    parts = [*name.split("."), *["__init__"] * folder]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = name.split(".")[: -node.level] if node.level else []
+            start = parts[: -node.level] if node.level else []
             module = ".".join([*start, *(node.module or "").split(".")]).rstrip(".")
             yield from (full if (full := f"{module}.{alias.name}") in known else module for alias in node.names)
 
@@ -106,7 +108,8 @@ def function(lines: int, name: str = "long") -> str:
 
 
 SOUND = {"data.py": "import torch\nfrom bagssl import __version__", "study/__init__.py": "",
-         "study/figures.py": "import pandas\nimport bagssl.data", "bench.py": "from .batch.report import page",
+         "study/figures.py": "import pandas\nimport bagssl.data", "bench/race.py": "from bagssl import data",
+         "bench/__init__.py": "from . import race\nfrom ..batch.report import page",
          "batch/report.py": f"def page():\n    from ..study import figures, __doc__\n{function(61)}",
          "cli.py": "from bagssl import batch, data",
          "probes.py": f"from bagssl.data import SPLITS\n{function(60)}", "claims.py": "pass\n" * 450}  # fmt: skip
@@ -115,11 +118,14 @@ LEANING = [
     (upwards, {"patches.py": "def f():\n    from bagssl.study import figures"}, "patches imports bagssl.study.figures"),
     (upwards, {"study/claims.py": "from ..batch import report"}, "study.claims imports bagssl.batch.report"),
     (upwards, {"batch/stages.py": "import bagssl.bench as b"}, "batch.stages imports bagssl.bench"),
-    (upwards, {"bench.py": "if 0:\n    from .cli import main"}, "bench imports bagssl.cli"),
+    (upwards, {"bench/__init__.py": "if 0:\n    from ..cli import main"}, "bench imports bagssl.cli"),
+    (upwards, {"bench/race.py": "from ..cli import main"}, "bench.race imports bagssl.cli"),
+    (upwards, {"study/figures.py": "from bagssl.bench.race import timed"}, "study.figures imports bagssl.bench.race"),
     (circles, {"data.py": "def f():\n    from .probes import g"}, "data imports bagssl.probes"),
     (circles, {"study/a.py": "from . import b", "study/b.py": "import bagssl.study.c",
                "study/c.py": "from .a import x"}, "study.c imports bagssl.study.a"),
     (circles, {"data.py": "import bagssl.data"}, "data imports bagssl.data"),
+    (circles, {"bench/race.py": "from bagssl.bench import ROWS"}, "bench imports bagssl.bench.race"),
     (notebook_software, {"data.py": "import torch, pandas as pd"}, "data imports pandas"),
     (notebook_software, {"data.py": "def f():\n    from IPython.display import SVG"}, "data imports IPython.display"),
     (notebook_software, {"probes.py": "try:\n    import matplotlib.pyplot\nexcept ImportError:\n    pass"},
