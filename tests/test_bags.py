@@ -212,7 +212,8 @@ def test_no_batch_waits_for_the_device(monkeypatch):
     with pytest.raises(NotImplementedError, match="meta"):
         bags.embed_bags(LINEAR, PIXELS, KS, **OPTIONS)
     assert sum(seen) == len(PIXELS) * (1 + max(KS)) and len(seen) == 2 + 6 * 2
-    monkeypatch.setattr(bags, "_prepare", lambda *how: (lambda crops: embed(crops) / crops.max().item(), torch.device("meta"), 4))
+    looks = (lambda crops: embed(crops) / crops.max().item(), torch.device("meta"), 4)
+    monkeypatch.setattr(bags, "_prepare", lambda *how: looks)
     seen.clear()
     with pytest.raises(RuntimeError, match="meta"):  # negative control: an encoder that looks at its values
         bags.embed_bags(LINEAR, PIXELS, KS, **OPTIONS)

@@ -193,7 +193,8 @@ def test_objectives_do_not_depend_on_the_order_of_views_or_images(name):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_half_precision_projections_give_float32_losses(name, device):
-    z = [projections(4, 64, 96, seed=seed, dtype=torch.float32).bfloat16() for seed in range(1 + OBJECTIVES[name].needs_target)]
+    seeds = range(1 + OBJECTIVES[name].needs_target)
+    z = [projections(4, 64, 96, seed=seed, dtype=torch.float32).bfloat16() for seed in seeds]
     terms = OBJECTIVES[name](*(each.to(device) for each in z))
     exact = OBJECTIVES[name](*(each.double() for each in z))
     for term, value in terms.items():

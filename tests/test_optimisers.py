@@ -15,8 +15,8 @@ def trajectory(optimiser, trust, steps=5, **how):
     with torch.no_grad():
         params[1].zero_()
     unused = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    made = optimiser([{"params": params[:2], "weight_decay": 0.1}, {"params": [params[2], unused], "weight_decay": 0.0}],
-                     lr=0.3, **trust, **how)
+    groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": [params[2], unused], "weight_decay": 0.0}]
+    made = optimiser(groups, lr=0.3, **trust, **how)
     for _ in range(steps):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -38,7 +38,8 @@ def test_steps_are_those_of_lightlys_lars(how):
 def test_clipped_a_tensors_rate_is_the_smaller_of_the_two(lr):
     """Against You et al.'s rate and the learning rate, tensor by tensor; the last tensor is not rescaled."""
     generator = torch.Generator().manual_seed(0)
-    params, grads = ([torch.randn(4, 3, generator=generator, dtype=torch.float64) * size for size in (1, 30, 1)] for _ in "ab")
+    params, grads = ([torch.randn(4, 3, generator=generator, dtype=torch.float64) * size for size in (1, 30, 1)]
+                     for _ in "ab")  # fmt: skip
     params[0] = params[0] * 0.1
     ours = [p.clone().requires_grad_() for p in params]
     for p, g in zip(ours, grads, strict=True):

@@ -283,7 +283,8 @@ def torchvision_chain(pixels, views, a, generator):
     dim = torchvision_colour(cut, Colour(**vars(colour) | {"solarise": None}))
     # a rounding error at the threshold is an error of 1/255 once solarised: those pixels are not compared
     clear = (dim - 128 / 255).abs() > 1e-5
-    return torchvision_colour(cut, colour).view(views, batch, 3, a.size, a.size), clear.view(views, batch, 3, a.size, -1)
+    shape = (views, batch, 3, a.size, a.size)
+    return torchvision_colour(cut, colour).view(shape), clear.view(shape)
 
 
 @pytest.mark.parametrize("scale, ratio, size", [
@@ -365,7 +366,8 @@ def check_boxes(draw, geometry, n=3000):
 
     def measures(boxes):
         top, left, h, w = boxes.double().T
-        yield from (top, left, h, w, h * w, w.log() - h.log(), top / (height - h + 1), left / (width - w + 1), top * left)
+        yield from (top, left, h, w, h * w, w.log() - h.log())
+        yield from (top / (height - h + 1), left / (width - w + 1), top * left)
 
     for our, their in zip(measures(ours), measures(theirs), strict=True):
         assert stats.ks_2samp(our.numpy(), their.numpy(), method="asymp").pvalue > RARE
@@ -449,7 +451,7 @@ def test_views_on_a_grid_are_drawn_without_replacement():
 
 def test_grid_boxes():
     assert P.grid_boxes(8, 12, 4, 4).tolist() == [[t, x, 4, 4] for t in (0, 4) for x in (0, 4, 8)]
-    assert P.grid_boxes(8, 8, 5, 2).tolist() == [[t, x, 5, 5] for t in (0, 2) for x in (0, 2)]  # what does not fit is left
+    assert P.grid_boxes(8, 8, 5, 2).tolist() == [[t, x, 5, 5] for t in (0, 2) for x in (0, 2)]  # the rest is left
 
 
 def test_native_size():

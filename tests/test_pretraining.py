@@ -77,7 +77,8 @@ class _Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        moved = isinstance(result, torch.Tensor) and any(isinstance(a, torch.Tensor) and a.device != result.device for a in args)
+        moved = isinstance(result, torch.Tensor) and any(
+            isinstance(a, torch.Tensor) and a.device != result.device for a in args)  # fmt: skip
         if moved and not (kwargs or {}).get("non_blocking"):
             self.waited.append(str(func))
         return result
@@ -187,18 +188,20 @@ def test_rates_may_be_tensors_as_a_graph_needs_them(images, settings):
 def test_a_graph_takes_the_steps_that_it_captured(images, tmp_path, settings):
     """The terms of every row of the history, with another seed's as negative control; and it resumes."""
     settings = {"optimiser": "lars", "lars_clip": True, "learning_rate": 0.1, **settings}
+    settings |= {"device": "cuda", "precision": "fp32"}
     plain, graphs, other = (
-        train(images, tmp_path / f"{compiled}{seed}", device="cuda", precision="fp32", compiled=compiled, seed=seed, **settings)
+        train(images, tmp_path / f"{compiled}{seed}", compiled=compiled, seed=seed, **settings)
         for compiled, seed in (("none", 0), ("graphs", 0), ("none", 1)))
 
     def apart(a, b):
         return max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a.history, b.history, strict=True))
 
-    assert graphs.provenance["compiled"] == "graphs" and apart(graphs, plain) < 1e-2 and apart(graphs, plain) < apart(other, plain) / 3
+    assert graphs.provenance["compiled"] == "graphs"
+    assert apart(graphs, plain) < 1e-2 and apart(graphs, plain) < apart(other, plain) / 3
     for _ in range(3):
         with contextlib.suppress(Stopped):
-            train(images, tmp_path / "stopped", device="cuda", precision="fp32", compiled="graphs", time_limit=0, **settings)
-    resumed = train(images, tmp_path / "stopped", device="cuda", precision="fp32", compiled="graphs", **settings)
+            train(images, tmp_path / "stopped", compiled="graphs", time_limit=0, **settings)
+    resumed = train(images, tmp_path / "stopped", compiled="graphs", **settings)
     assert apart(resumed, plain) < 1e-2
 
 
@@ -228,7 +231,8 @@ def test_what_is_compiled_trains_the_same_network(images, tmp_path, monkeypatch)
     plain = train(images, tmp_path / "plain", **settings)
     assert not compiled and "compiled" not in plain.provenance
     whole = train(images, tmp_path / "whole", **settings, compiled="all")
-    assert compiled == ["apply_colour", "Model", "Model"] and whole.provenance["compiled"] == "all" and whole.key == plain.key
+    assert compiled == ["apply_colour", "Model", "Model"]
+    assert whole.provenance["compiled"] == "all" and whole.key == plain.key
     assert called == set(compiled) and same_weights(whole, plain)
     monkeypatch.setenv("BAGSSL_COMPILE", "colours")
     train(images, tmp_path / "colours", **settings)
@@ -250,7 +254,8 @@ def test_a_finished_run_is_reused_and_its_key_has_no_hardware_in_it(images, tmp_
     assert again.key == first.key and (again.path / "metrics.json").stat().st_mtime_ns == written
     assert train(images, tmp_path, seed=1).key != first.key
     assert train(images.take(torch.arange(64)), tmp_path).key != first.key
-    assert {"commit", "dirty", "versions", "hardware", "seed", "data", "precision", "wall_seconds"} <= set(first.provenance)
+    recorded = {"commit", "dirty", "versions", "hardware", "seed", "data", "precision", "wall_seconds"}
+    assert recorded <= set(first.provenance)
 
 
 def test_the_recipe_version_is_part_of_the_key(images, tmp_path, monkeypatch):
@@ -305,7 +310,8 @@ except Stopped as stop:
 
 def child(root):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(root)], stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", CHILD, str(root)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def finished_run(root):
@@ -420,7 +426,9 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_clock_that_is_set_while_training_neither_stops_it_nor_spoils_its_seconds(images, tmp_path, clock, monkeypatch):
+def test_a_clock_that_is_set_while_training_neither_stops_it_nor_spoils_its_seconds(
+    images, tmp_path, clock, monkeypatch
+):
     monkeypatch.setenv("BAGSSL_DEADLINE", str(time.time() + 3600))
     clock.hours = itertools.chain([0], itertools.cycle([10, -10]))  # from the second look on
     run = train(images, tmp_path, time_limit=1800)
@@ -520,8 +528,8 @@ def test_too_few_images_for_a_batch(images, tmp_path):
 def test_seeds_draw_other_orders_and_other_patches():
     """All 32 bits that the CPU's generator keeps count, so that runs of two seeds see different data."""
     generator = torch.Generator()
-    draws = {tuple(torch.randint(2**31, (4,), generator=generator.manual_seed(pretraining._seed(seed, purpose, index))).tolist())
-             for seed in range(20) for purpose in (0, 1) for index in range(20)}  # fmt: skip
+    seeds = [pretraining._seed(seed, purpose, index) for seed in range(20) for purpose in (0, 1) for index in range(20)]
+    draws = {tuple(torch.randint(2**31, (4,), generator=generator.manual_seed(seed)).tolist()) for seed in seeds}
     assert len(draws) == 20 * 2 * 20
 
 
@@ -554,7 +562,8 @@ def test_patches_on_a_grid_are_different_cells_of_their_image(images):
 
     def seen(**where):
         augmentation = PretrainConfig(patch_scale=1 / 16, size=8, **plain, **where).augmentation()
-        return pretraining.augment(pixels.expand(5, 3, -1, -1), 16, augmentation, torch.Generator().manual_seed(0)) * 255
+        generator = torch.Generator().manual_seed(0)
+        return pretraining.augment(pixels.expand(5, 3, -1, -1), 16, augmentation, generator) * 255
 
     cells = seen(grid=8).round().flatten(2)
     assert (cells == cells[..., :1]).all()
@@ -579,7 +588,8 @@ def test_less_than_one_step_is_refused(images, tmp_path):
         {"options": {"temperature": 0.1}}, {"options": {"invariance": -1}}, {"options": 3}, {"vieuws": 4},
         {"epochs": 0}, {"optimiser": "lars", "weight_decay": 0}, {"dataset": "a/b"}, {"momentum": 1.1},
         {"objective": "simclr", "options": {"temperature": "hot"}}, {"grid": -1}, {"grid": 8.0},
-        {"objective": "simclr", "options": {"temperature": True}}, {"options": {"invariance": 10**400}}, {"epochs": 10**400},
+        {"objective": "simclr", "options": {"temperature": True}}, {"options": {"invariance": 10**400}},
+        {"epochs": 10**400},
     ],
 )  # fmt: skip
 def test_senseless_settings_are_refused_in_one_line(wrong):
