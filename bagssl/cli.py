@@ -64,13 +64,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def reproduce(arguments: argparse.Namespace) -> int:
     from bagssl.batch import reproduce
 
+    if arguments.bare and (arguments.jobs > 1 or arguments.fresh):
+        raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
+    asked = arguments.experiment, arguments.profile, assignments(arguments.set)
     if arguments.bare:
-        if arguments.jobs > 1 or arguments.fresh:
-            raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
-        return reproduce.reproduce_bare(arguments.experiment, arguments.profile, assignments(arguments.set),
-                                        time_limit=arguments.time_limit)
-    return reproduce.reproduce(arguments.experiment, arguments.profile, assignments(arguments.set),
-                               jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
+        return reproduce.reproduce_bare(*asked, time_limit=arguments.time_limit)
+    return reproduce.reproduce(*asked, jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
 
 
 def list_experiments(arguments: argparse.Namespace) -> None:
@@ -80,8 +79,7 @@ def list_experiments(arguments: argparse.Namespace) -> None:
     for experiment in experiments.load_experiments().values():
         for profile, details in experiment.profiles.items():
             state = stages.state(stages.plan(experiment, profile, fetch=False))
-            notebook = experiment.notebook.name
-            rows.append((experiment.name, profile, state, details.cost, notebook, experiment.artefact))
+            rows.append((experiment.name, profile, state, details.cost, experiment.notebook.name, experiment.artefact))
     print(table(rows))
 
 
@@ -186,8 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("path", help="the folder that holds train/ and test/")
     options.add_argument("--size", type=positive, help="resize to this side in pixels")
     options.add_argument("--force", action="store_true", help="replace a dataset of this name")
-    options = command("check", data_check, "Recompute the SHA-256 of a cached dataset.", actions)
-    options.add_argument("name")
+    command("check", data_check, "Recompute the SHA-256 of a cached dataset.", actions).add_argument("name")
 
     options = command("pretrain", pretrain, "Train one encoder, or find it trained; prints its folder.")
     options.add_argument("--dataset", help="a name from `bagssl data list`")

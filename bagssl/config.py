@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -15,38 +15,23 @@ TRAININGS = ("patch-based", "multi-scale", "untrained")
 OPTIMISERS = ("sgd", "lars", "adamw")
 
 
-def setting(default: Any, low: float | None = None, high: float | None = None, *, choices: Collection[str] | None = None,
-            used: Callable[["PretrainConfig"], bool] = lambda config: config.training != "untrained",
-            later: bool = False) -> Any:  # fmt: skip
+TRAINED = {"training": TRAININGS[:2]}
+PATCH_BASED, MULTI_SCALE = {"training": ["patch-based"]}, {"training": ["multi-scale"]}
+LARS = {**TRAINED, "optimiser": ["lars"]}
+TARGETED = {**TRAINED, "objective": [name for name, loss in OBJECTIVES.items() if loss.needs_target]}
+
+
+def setting(default: Any, low: float | None = None, high: float | None = None, *,
+            choices: Collection[str] | None = None, only: Mapping[str, Collection[str]] = TRAINED,
+            later: bool = False) -> Any:
     """A field with its range or its choices.
 
-    used: whether it decides anything beside the other settings; if not, it is set back to its default, so that one run
-    serves every recipe that differs in nothing else. later: added after the first runs; at its default it is not in
-    `to_dict`, so that runs made before it keep their keys.
+    only: settings -> those of their values with which it decides anything; otherwise it is set back to its default, so
+    that one run serves every recipe that differs in nothing else. later: added after the first runs; at its default it
+    is not in `to_dict`, so that runs made before it keep their keys.
     """
-    declared = {"range": None if low is None else (low, high), "choices": choices, "used": used, "later": later}
-    how = {"default_factory": dict} if default is dict else {"default": default}
-    return field(**how, metadata=declared)
-
-
-def _always(config: "PretrainConfig") -> bool:
-    return True
-
-
-def _patch_based(config: "PretrainConfig") -> bool:
-    return config.training == "patch-based"
-
-
-def _multi_scale(config: "PretrainConfig") -> bool:
-    return config.training == "multi-scale"
-
-
-def _with(*optimisers: str) -> Callable[["PretrainConfig"], bool]:
-    return lambda config: config.training != "untrained" and config.optimiser in optimisers
-
-
-def _with_target(config: "PretrainConfig") -> bool:
-    return config.training != "untrained" and OBJECTIVES[config.objective].needs_target
+    declared = {"range": None if low is None else (low, high), "choices": choices, "only": only, "later": later}
+    return field(**{"default_factory" if default is dict else "default": default}, metadata=declared)
 
 
 @dataclass(frozen=True)
@@ -58,17 +43,17 @@ class PretrainConfig:
     makes no sense.
     """
 
-    dataset: str = setting("synthetic", used=_always)
+    dataset: str = setting("synthetic", only={})
     objective: str = setting("tcr", choices=OBJECTIVES)
-    training: str = setting("patch-based", choices=TRAININGS, used=_always)
-    seed: int = setting(0, 0, 2**31 - 1, used=_always)
+    training: str = setting("patch-based", choices=TRAININGS, only={})
+    seed: int = setting(0, 0, 2**31 - 1, only={})
     epochs: float = setting(10, 0, 1e6)  # passes over the images; each image gives `views` crops per pass
     views: int = setting(4, 2, 1024)
     batch_size: int = setting(256, 2, 2**20)  # images per step
     # crops: scales are fractions of the image's area
-    size: int = setting(16, 4, 1024, used=_always)  # px, of the crop that the encoder sees
-    patch_scale: float = setting(0.25, 1e-3, 1, used=_patch_based)
-    min_scale: float = setting(0.2, 1e-3, 1, used=_multi_scale)
+    size: int = setting(16, 4, 1024, only={})  # px, of the crop that the encoder sees
+    patch_scale: float = setting(0.25, 1e-3, 1, only=PATCH_BASED)
+    min_scale: float = setting(0.2, 1e-3, 1, only=MULTI_SCALE)
     # colour: strengths, then probabilities
     brightness: float = setting(0.4, 0, 10)
     contrast: float = setting(0.4, 0, 10)
@@ -80,39 +65,37 @@ class PretrainConfig:
     solarise: float = setting(0.0, 0, 1)
     flip: float = setting(0.5, 0, 1)
     # networks
-    encoder: str = setting("resnet10", choices=BLOCKS, used=_always)
+    encoder: str = setting("resnet10", choices=BLOCKS, only={})
     # a multiple of 8: with fewer channels a CPU's convolutions can corrupt memory (oneDNN, AVX2)
-    width: int = setting(16, 1, 2**16, used=_always)
+    width: int = setting(16, 1, 2**16, only={})
     projector_hidden: int = setting(512, 1, 2**16)
     projector_dim: int = setting(128, 1, 2**16)
     # optimisation
     optimiser: str = setting("adamw", choices=OPTIMISERS)
     learning_rate: float = setting(4e-3, 1e-12, 1e3)
     weight_decay: float = setting(1e-4, 0, 1e3)
-    momentum: float = setting(0.9, 0, 1, used=_with("sgd", "lars"))
+    momentum: float = setting(0.9, 0, 1, only={**TRAINED, "optimiser": ["sgd", "lars"]})
     warmup: float = setting(0.1, 0, 1)  # fraction of the steps
     # of the averaged network of BYOL and MoCo, rising to 1 along a cosine
-    teacher_momentum: float = setting(0.99, 0, 1, used=_with_target)
+    teacher_momentum: float = setting(0.99, 0, 1, only=TARGETED)
     options: Mapping[str, float] = setting(dict)  # the objective's own numbers, by name
-    lars_trust: float = setting(0.02, 1e-6, 1e3, used=_with("lars"), later=True)
-    lars_clip: bool = setting(False, used=_with("lars"), later=True)  # a tensor's rate is at most learning_rate, see LARS
+    lars_trust: float = setting(0.02, 1e-6, 1e3, only=LARS, later=True)
+    lars_clip: bool = setting(False, only=LARS, later=True)  # a tensor's rate is at most learning_rate
     # px: a patch's offsets are multiples of it, views differ; 0: anywhere
-    grid: int = setting(0, 0, 1024, used=_patch_based, later=True)
+    grid: int = setting(0, 0, 1024, only=PATCH_BASED, later=True)
 
     def __post_init__(self):
         for each in fields(self):
-            value = _typed(each.name, getattr(self, each.name), each.type)
+            value, declared = _typed(each.name, getattr(self, each.name), each.type), each.metadata
             object.__setattr__(self, each.name, value)
-            if each.metadata["choices"] is not None:
-                check_choice(each.name, value, each.metadata["choices"])
-            if each.metadata["range"] is not None and not each.metadata["range"][0] <= value <= each.metadata["range"][1]:
-                low, high = each.metadata["range"]
-                raise InputError(f"{each.name} = {value} is outside {low:g} to {high:g}")
+            if declared["choices"] is not None:
+                check_choice(each.name, value, declared["choices"])
+            if (ends := declared["range"]) and not ends[0] <= value <= ends[1]:
+                raise InputError(f"{each.name} = {value} is outside {ends[0]:g} to {ends[1]:g}")
         self._check_together()
         for each in fields(self):
-            if not each.metadata["used"](self):
-                default = {} if each.default is dataclasses.MISSING else each.default
-                object.__setattr__(self, each.name, default)
+            if any(getattr(self, name) not in values for name, values in each.metadata["only"].items()):
+                object.__setattr__(self, each.name, {} if each.default is dataclasses.MISSING else each.default)
         if self.training == "untrained":
             object.__setattr__(self, "epochs", 0.0)
 
@@ -144,9 +127,9 @@ class PretrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What identifies a run: all settings, but for later ones that have their default."""
-        omitted = {each.name for each in fields(self) if each.metadata["later"] and getattr(self, each.name) == each.default}
         values = {**dataclasses.asdict(self), "options": dict(sorted(self.options.items()))}
-        return {name: value for name, value in values.items() if name not in omitted}
+        later = {each.name: each.default for each in fields(self) if each.metadata["later"]}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     def steps(self, images: int) -> int:
         """Optimiser steps of a run on so many images. Raises InputError when they do not make up one."""

@@ -24,7 +24,6 @@ from bagssl.errors import InputError, check_choice
 from bagssl.paths import data_root
 
 SPLITS = ("train", "test")
-
 FORMAT = "bagssl-images-1"
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -79,13 +78,8 @@ class Images:
         return Images(self.pixels[index], self.labels[index], self.classes)
 
 
-def _synthetic(split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    pixels, labels, _ = synthetic.draw(split)
-    return pixels, labels, synthetic.CLASSES
-
-
 # What is made, not read: name -> a function from "train" or "test" to pixels, labels and classes (see `Images`).
-EMBEDDED = {"synthetic": _synthetic}
+EMBEDDED = {"synthetic": lambda split: (*synthetic.draw(split)[:2], synthetic.CLASSES)}
 
 
 def fingerprint(pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
@@ -154,22 +148,21 @@ def status(root: Path | None = None) -> list[dict]:
 
 def _about(name: str, root: Path | None) -> dict:
     """The row of `status`, but for the name."""
-    row = {"state": "absent", "train": None, "test": None, "classes": None, "size": "", "source": ""}
+    row = {"state": "absent", "train": None, "test": None, "classes": None, "size": "", "source": how_to_add(name)}
     if name in EMBEDDED:
         images = {split: load(name, split) for split in SPLITS}
-        row |= {split: len(part) for split, part in images.items()} | {"state": "embedded", "source": "built in"}
-        size = "{2}×{3}".format(*images["train"].pixels.shape)
-        return row | {"classes": len(images["train"].classes), "size": size}
-    if not available(name, root):
-        return row | {"source": how_to_add(name)}
-    try:
-        with _opened(cache(name, root), name) as (file, about):
-            shapes = {split: file.get_slice(f"{split}_pixels").get_shape() for split in SPLITS}
-    except InputError:
-        return row | {"state": "damaged", "source": how_to_add(name)}
-    row |= {split: shape[0] for split, shape in shapes.items()}
-    row |= {"state": "ready", "classes": len(about["classes"]), "size": "{2}×{3}".format(*shapes["train"])}
-    return row | {"source": about["source"]}
+        shapes = {split: each.pixels.shape for split, each in images.items()}
+        row |= {"state": "embedded", "classes": len(images["train"].classes), "source": "built in"}
+    elif available(name, root):
+        try:
+            with _opened(cache(name, root), name) as (file, about):
+                shapes = {split: file.get_slice(f"{split}_pixels").get_shape() for split in SPLITS}
+        except InputError:
+            return row | {"state": "damaged"}
+        row |= {"state": "ready", "classes": len(about["classes"]), "source": about["source"]}
+    else:
+        return row
+    return row | {split: shape[0] for split, shape in shapes.items()} | {"size": "{2}×{3}".format(*shapes["train"])}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import torch
 
 from bagssl.errors import InputError, check_choice
 
+COMPILE_FROM = 5_000_000  # crops on CUDA: compiling takes 10 to 30 s there, and spares 2 to 5 microseconds of each
 COMPILED = ("none", "colours", "all", "graphs", "all+graphs")
 
 
@@ -23,16 +24,17 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def pick_compiled(name: str, device: torch.device) -> str:
-    """What is made of a step: 'none', as it stands; by `torch.compile` the 'colours' of the crops, or 'all': the networks
-    as well; 'graphs': the whole step, replayed as one CUDA graph; 'all+graphs': both. 'auto' is what $BAGSSL_COMPILE
-    says, else graphs on CUDA and none elsewhere.
+def pick_compiled(name: str, device: torch.device, crops: int) -> str:
+    """What is made of a step: 'none'; by `torch.compile` the 'colours' of the crops, or 'all': the networks as well;
+    'graphs': the whole step, replayed as one CUDA graph; 'all+graphs': both. 'auto' is what $BAGSSL_COMPILE says, else
+    on CUDA graphs, and for a run of many `crops` both, elsewhere none.
 
     A graph is there at once; compiling takes a quarter of a minute for the colours and more for the networks; `bagssl
     bench compiled` shows what it is worth on a machine. Compiled results differ by rounding.
     """
     if name == "auto":
-        name = os.environ.get("BAGSSL_COMPILE") or ("graphs" if device.type == "cuda" else "none")
+        on_cuda = "all+graphs" if crops >= COMPILE_FROM else "graphs"
+        name = os.environ.get("BAGSSL_COMPILE") or (on_cuda if device.type == "cuda" else "none")
     check_choice("part to compile", name, COMPILED)
     if "graphs" in name and device.type != "cuda":
         raise InputError("CUDA graphs need a GPU: compile 'all', or 'none'")

@@ -4,31 +4,28 @@ import difflib
 from collections.abc import Sequence
 
 
-def _one_line(error: Exception) -> list[str]:
-    """What IPython shows in the place of a traceback: the message says all that the reader needs."""
-    return [f"{type(error).__name__}: {error}"]
+class _OneLine(Exception):
+    """The message says all that the reader needs."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in the place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
 
 
-class InputError(ValueError):
+class InputError(_OneLine, ValueError):
     """Wrong input: the message is one line that says what is wrong and what to do (exit code 2)."""
 
-    _render_traceback_ = _one_line
 
-
-class Stopped(Exception):
+class Stopped(_OneLine):
     """Work stopped at a checkpoint and resumes at the next call (exit code 3; 130 after Ctrl-C)."""
 
     def __init__(self, message: str, *, interrupted: bool = False):
         super().__init__(message)
         self.interrupted = interrupted
 
-    _render_traceback_ = _one_line
 
-
-class Diverged(RuntimeError):
+class Diverged(_OneLine, RuntimeError):
     """Training gave NaN or collapsed; the message names the term (exit code 1)."""
-
-    _render_traceback_ = _one_line
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ Terms = dict[str, Tensor]
 
 
 class Objective:
-    """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z as well."""
+    """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z, too."""
 
     def __init__(self, function: Callable[..., Terms], needs_target: bool = False, **options: float):
         functools.update_wrapper(self, function)

@@ -88,15 +88,13 @@ def _fit(value: Any, kind: str) -> Any:
     if kind == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
         value = float(value)  # a str, because YAML 1.1 reads 1e-3 as text
     wanted = _TYPES.get(kind.split("[")[0], object)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise TypeError
-    if isinstance(value, float) and not math.isfinite(value):
+    odd = wanted is int and isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value)
+    if odd or not isinstance(value, wanted):
         raise TypeError
     return value
 
 
-_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None), "dict": dict,
-          "list": list, "tuple": list}  # fmt: skip
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, dict, list)} | {"tuple": list, "None": type(None)}
 
 
 def check_parameters(names: dict[str, Any]) -> dict[str, Any]:

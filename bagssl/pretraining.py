@@ -50,9 +50,9 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
     run that was never stopped, to the bit. Raises Diverged when a loss term is not finite or the projections collapse,
     InputError when there are fewer images than one batch holds, or a finished run is damaged.
     """
-    config.steps(len(images))  # refused before a folder is made
+    crops = config.steps(len(images)) * config.batch_size * config.views  # what is refused, before a folder is made
     device = torch.device(pick_device(device))
-    compiled = pick_compiled(compiled, device)
+    compiled = pick_compiled(compiled, device, crops)
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
         run.check()
@@ -119,8 +119,8 @@ class Learner:
     def step(self, batch: Tensor, rate: float | Tensor, decay: float | Tensor) -> Terms:
         """One step on the images `batch`, int64 [B]: the named terms of the loss, and `spread`, see objectives.py.
 
-        The patches follow from the state of `generator`. rate: of the optimiser; decay: of the averaged network; numbers,
-        or tensors without dimension on the device, which a CUDA graph reads anew each time.
+        The patches follow from the state of `generator`. rate: of the optimiser; decay: of the averaged network;
+        numbers, or tensors without dimension on the device, which a CUDA graph reads anew each time.
         """
         config = self.config
         patches = augment(self.pixels[batch], config.views, self.augmentation, self.generator, self.colour)
@@ -144,8 +144,8 @@ class Learner:
 class _Replayed:
     """`Learner.step` as one CUDA graph: a thousand launches by the CPU become one.
 
-    The first steps run as they are, on a stream of their own, as capturing asks for; the next is captured, without being
-    executed, and from then on replayed. The generator's seed counts at each replay.
+    The first steps run as they are, on a stream of their own, as capturing asks for; the next is captured, without
+    being executed, and from then on replayed. The generator's seed counts at each replay.
     """
 
     EAGER = 3
@@ -177,7 +177,8 @@ class _Replayed:
                 self.terms = self.learner.step(self.batch, self.rate, self.decay)
         except RuntimeError as error:  # an objective that waits for the device, perhaps
             reason = str(error).splitlines()[0]
-            raise InputError(f"the step cannot be captured as a CUDA graph ({reason}): set BAGSSL_COMPILE=none") from error
+            message = f"the step cannot be captured as a CUDA graph ({reason}): set BAGSSL_COMPILE=none"
+            raise InputError(message) from error
 
 
 @torch.no_grad()
@@ -213,7 +214,8 @@ def _seed(seed: int, purpose: int, index: int) -> int:
 # ---- the loop
 
 
-def _train(learner: Learner, images: Images, run: Run, deadline: float, checkpoint_every: float, progress: bool) -> None:
+def _train(learner: Learner, images: Images, run: Run, deadline: float, checkpoint_every: float,
+           progress: bool) -> None:
     config, device = learner.config, learner.device
     per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
     crops = config.batch_size * config.views  # of a step
@@ -292,9 +294,9 @@ class _Record:
         now, config = time.monotonic(), self.learner.config
         elapsed, self.seconds, self.clock = now - self.clock, self.seconds + now - self.clock, now
         crops = config.batch_size * config.views
-        row = {"step": self.step, "epoch": self.step / self.per_epoch, "crops": self.step * crops, "learning_rate": rate}
-        row["crops_per_second"] = round((self.step - self.logged) * crops / max(elapsed, 1e-9), 1)
-        self.history.append({**row, **means})
+        self.history.append({
+            "step": self.step, "epoch": self.step / self.per_epoch, "crops": self.step * crops, "learning_rate": rate,
+            "crops_per_second": round((self.step - self.logged) * crops / max(elapsed, 1e-9), 1), **means})
         self.sums, self.logged = {}, self.step
         return means
 
@@ -404,7 +406,8 @@ def _config(run: Run) -> PretrainConfig:
     try:
         return PretrainConfig.from_dict(values)
     except InputError as error:
-        raise InputError(f"{run.path / 'config.json'}, perhaps of a newer bagssl, is not understood: {error}") from error
+        path = run.path / "config.json"
+        raise InputError(f"{path}, perhaps of a newer bagssl, is not understood: {error}") from error
 
 
 def _load(module: nn.Module, run: Run, prefix: str) -> nn.Module:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+_NOTHING = {"text/plain": "", "text/html": ""}
+
 
 @contextmanager
 def progress_bar(total: int, done: int, label: str, enabled: bool = True) -> Iterator[Callable[[int, str], None]]:
@@ -75,9 +77,6 @@ def _in_notebook(total: int, already: int, label: str) -> Iterator[Callable[[int
         yield update
     finally:
         handle.update(_NOTHING, raw=True)  # a finished bar says nothing
-
-
-_NOTHING = {"text/plain": "", "text/html": ""}
 
 
 def _display(content: dict[str, str]):

@@ -49,7 +49,7 @@ _AGAIN = "delete the folder to train the run again"
 def run_key(config: dict[str, Any], fingerprint: str) -> str:
     """The key of a run: SHA-256 over recipe version, configuration and data, shortened to 16 hexadecimal digits."""
     identity = {"recipe": RECIPE, "config": config, "data": fingerprint}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest(json.dumps(identity, sort_keys=True).encode())[:16]
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,10 +77,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """steps, epochs, crops, images, seconds, the last loss terms as `final`, hashes.
-
-        Raises InputError when damaged.
-        """
+        """steps, epochs, crops, images, seconds, the last terms as `final`, hashes. Raises InputError when damaged."""
         return read_json(self.path / _MARK)
 
     @property
@@ -195,12 +192,9 @@ def _state(run: Run, config: Any, metrics: Any) -> str:
     step = _known(lambda: int(_checkpoint(run)["step"]), None)
     if step is None:
         return "its checkpoint cannot be read"
-
-    def steps() -> str:
-        row = _history(run)[-1]
-        return f" of {round(config['epochs'] * row['step'] / row['epoch'])}"
-
-    return f"stopped or in training, saved at step {step}{_known(steps)}"
+    row = _known(lambda: _history(run)[-1])
+    steps = _known(lambda: f" of {round(config['epochs'] * row['step'] / row['epoch'])}")
+    return f"stopped or in training, saved at step {step}{steps}"
 
 
 def _checkpoint(run: Run) -> dict[str, Any]:
@@ -217,9 +211,8 @@ def _loss_curve(history: list[dict[str, float]], width: int = 160, height: int =
     points = [(step, loss) for step, loss in rows if math.isfinite(loss)]
     if len(points) < 2:
         return ""
-    (first, last), losses = (points[0][0], points[-1][0]), [loss for _, loss in points]
-    low, reach = min(losses), (max(losses) - min(losses)) or 1
-    span = (last - first) or 1
+    steps, losses = zip(*points, strict=True)
+    first, low, span, reach = steps[0], min(losses), (steps[-1] - steps[0]) or 1, (max(losses) - min(losses)) or 1
     places = (f"{width * (step - first) / span:.1f},{height * (1 - (loss - low) / reach):.1f}" for step, loss in points)
     view = f'viewBox="-2 -2 {width + 4} {height + 4}" role="img" aria-label="loss"'
     line = f'<polyline points="{" ".join(places)}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
@@ -234,11 +227,7 @@ def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | 
     key = run_key(config, fingerprint)
     run = Run((root or runs_root()) / f"{label}-{key}")
     path, content = run.path / "config.json", {"recipe": RECIPE, "config": config, "data": fingerprint}
-    try:
-        sound = read_json(path) == content
-    except InputError:
-        sound = False
-    if not sound:  # absent or damaged: the folder's key says that nothing else can have stood there
+    if _known(lambda: read_json(path)) != content:  # the folder's key says that nothing else can have stood there
         write_json(path, content)
     return run
 
@@ -252,8 +241,7 @@ def reopen(run: Run) -> None:
 
 def list_runs(root: Path | None = None) -> list[Run]:
     """Every run of the store, by name."""
-    root = root or runs_root()
-    return [Run(path.parent) for path in sorted(root.glob("*/config.json"))]
+    return [Run(path.parent) for path in sorted((root or runs_root()).glob("*/config.json"))]
 
 
 @contextlib.contextmanager
@@ -370,16 +358,11 @@ def committed() -> bool:
 def provenance() -> dict[str, Any]:
     """What made a result: commit and whether the checkout was changed, versions, hardware, time (UTC)."""
     commit, dirty = _commit()
+    versions = {name: _version(name) for name in ("bagssl", "torch", "torchvision", "lightly", "numpy")}
     return {
-        "commit": commit,
-        "dirty": dirty,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
-        "hardware": hardware(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-_PACKAGES = ("bagssl", "torch", "torchvision", "lightly", "numpy")
+        "commit": commit, "dirty": dirty, "versions": {"python": platform.python_version(), **versions},
+        "hardware": hardware(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
 
 
 def hardware() -> dict[str, Any]:
@@ -411,8 +394,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> tuple[str | None, bool | None]:
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(home()), *words], capture_output=True, text=True, check=True,
-                              timeout=20).stdout.strip()
+        command = ["git", "-C", str(home()), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     if not (home() / "bagssl" / Path(__file__).name).exists():  # installed: the working folder is not our checkout
         return None, None

@@ -27,9 +27,7 @@ from bagssl.errors import InputError
 from bagssl.paths import cores, sweep, write_atomically
 
 SIZES = range(8, 1025)  # what --size may be, in pixels
-
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
-
 _NOT_IMAGES = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what file managers leave behind; dot files as well
 
 
@@ -98,10 +96,9 @@ def _files(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
             raise refusal(f"{tree} has no folder {split}: {wanted}")
     _entries(tree, tree)  # for links
     folders = {split: _entries(tree / split, tree) for split in SPLITS}
-    for split, entries in folders.items():
-        for entry in entries:
-            if not entry.is_dir():
-                raise refusal(f"{entry} lies outside the class folders: move it into one, or away")
+    for entry in [*folders["train"], *folders["test"]]:
+        if not entry.is_dir():
+            raise refusal(f"{entry} lies outside the class folders: move it into one, or away")
     train, test = ({entry.name for entry in folders[split]} for split in SPLITS)
     for alone, there, lacking in ((train - test, "train", "test"), (test - train, "test", "train")):
         if alone:
@@ -172,13 +169,9 @@ def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, t
         others = ", ".join([*named, *["..."] * (len(wrong) > 6)])
         more = f", nor can {len(wrong) - 1} more ({others})" if others else ""
         raise refusal(f"{wrong[0][1]}{more}: replace or remove {'them' if more else 'it'}")
-    splits, start = {}, 0
-    for split in SPLITS:
-        labels = torch.tensor([label for label, inside in enumerate(files[split]) for _ in inside])
-        images = torch.from_numpy(pixels[start : start + len(labels)])
-        splits[split] = (images.permute(0, 3, 1, 2).contiguous(), labels)
-        start += len(labels)
-    return splits
+    labels = [torch.tensor([label for label, inside in enumerate(files[split]) for _ in inside]) for split in SPLITS]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).split([len(each) for each in labels])
+    return {split: (images[i].contiguous(), labels[i]) for i, split in enumerate(SPLITS)}
 
 
 def _read(path: Path, size: int | None) -> np.ndarray | InputError:
@@ -251,8 +244,7 @@ def _store(name: str, splits: dict, classes: tuple[str, ...], source: str, root:
     if old and not force:
         raise refusal(f"{path} holds other images: choose another name, or replace them by --force")
     about = {"format": FORMAT, "name": name, "classes": list(classes), "source": source} | new
-    tensors = {f"{split}_pixels": images[split].pixels for split in SPLITS}
-    tensors |= {f"{split}_labels": images[split].labels for split in SPLITS}
+    tensors = {f"{split}_{kind}": getattr(images[split], kind) for kind in ("pixels", "labels") for split in SPLITS}
     try:
         with write_atomically(path) as temporary:
             content = save(tensors, {"bagssl": json.dumps(about)})  # `save_file` would put another file there

@@ -82,20 +82,16 @@ class Kernels:
                 errors="replace", start_new_session=True)
             self.live[process] = target
         try:
-            log = target.with_name("log.txt")
-            with contextlib.suppress(BrokenPipeError), open(log, "w", encoding="utf-8") as stream:
+            with (contextlib.suppress(BrokenPipeError), process,  # which is waited for
+                  open(target.with_name("log.txt"), "w", encoding="utf-8") as log):  # fmt: skip
                 process.stdin.write(json.dumps(dict(parameters)) + "\n")
                 process.stdin.flush()  # and left open: its end tells the process that this one is gone
                 for line in process.stdout:
                     if re.fullmatch(r"cell \d+/\d+", line.strip()):
                         self.cells[target] = line.strip()
-                    stream.write(line)
-                    stream.flush()
-            process.wait()
+                    log.write(line)
+                    log.flush()
         finally:
-            process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
             with self.lock:
                 del self.live[process]
         record = read_record(error)
@@ -132,8 +128,7 @@ class Kernels:
             until = time.monotonic() + grace
             while time.monotonic() < until and any(worker in self.live for worker in workers):
                 time.sleep(0.05)
-        for process in [*(kernel for kernel in kernels if kernel.is_running()),
-                        *(worker for worker in workers if worker in self.live)]:
+        for process in [*(each for each in kernels if each.is_running()), *(each for each in workers if each in self.live)]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # each leads a process group of its own
 

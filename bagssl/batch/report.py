@@ -90,9 +90,8 @@ def _experiment(folder: Path) -> dict[str, Any]:
             path.write_text(notebook_page(notebook), encoding="utf-8")
     dataset = next(iter(provenance.get("data") or {}), "")
     artefact = folder.name.removesuffix(f"-{dataset}")
-    pictures = sorted(folder.glob("figures/*.png"))
     shown = [path for path in sorted(folder.glob("tables/*.md")) if not path.stem.startswith("claim_c")]
-    images = [{**_embedded(path), **_about(path, story, ("png", "pdf"))} for path in pictures]
+    images = [{**_embedded(path), **_about(path, story, ("png", "pdf"))} for path in sorted(folder.glob("figures/*.png"))]
     tables = [{**_table(path, dataset, artefact), **_about(path, story, ("csv", "md", "tex"))} for path in shown]
     spoken = {each["caption"] for each in images}
     for each in tables:  # what is said below the figure of the same cell is not said again

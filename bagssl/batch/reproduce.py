@@ -45,11 +45,9 @@ class Outcome:
 NOT_STARTED = Outcome(3, "not started, the time is up; run again to go on")
 
 
-def reproduce(
-    names: Sequence[str] = (), profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
-    jobs: int = 1, fresh: bool = False, time_limit: float | None = None,
-    notebooks: Path | None = None, results: Path | None = None,
-) -> int:  # fmt: skip
+def reproduce(names: Sequence[str] = (), profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
+              jobs: int = 1, fresh: bool = False, time_limit: float | None = None,
+              notebooks: Path | None = None, results: Path | None = None) -> int:  # fmt: skip
     """Bring the results of experiments up to date, and the page of all results with them.
 
     names: experiments, none for all that have the profile. overrides: parameter -> value, or its text. jobs:

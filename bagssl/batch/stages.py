@@ -16,7 +16,7 @@ from bagssl.parameters import conform, notebook_cells, notebook_parameters
 from bagssl.paths import results_root
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_DECIDE_NOTHING = frozenset({"bench.py", "cli.py", "batch"})  # in a notebook
+_DECIDE_NOTHING = frozenset({"bench", "cli.py", "batch"})  # in a notebook
 
 
 @dataclass(frozen=True, eq=False)

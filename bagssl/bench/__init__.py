@@ -24,13 +24,14 @@ from bagssl.study import figures
 
 ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
     "augmentation": augmentation, "training": training, "native-size": native_size, "utilisation": utilisation,
-    "aggregation": aggregation, "coding-rate": coding_rate, "growth": growth, "memory": memory, "probes": probing, "compiled": compiled,
+    "aggregation": aggregation, "coding-rate": coding_rate, "growth": growth, "memory": memory, "probes": probing,
+    "compiled": compiled,
 }  # fmt: skip
 
 
 def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = False, output: Path | None = None,
           time_limit: float | None = None) -> Path:
-    """Measure the rows `names` (none: all), show them as they come, and write results/bench/<machine>.json, and .md to read.
+    """Measure rows (none: all), show them as they come, and write results/bench/<machine>.json, and .md to read.
 
     quick: sizes that only show that everything runs; nothing is kept then but under `output`. Rows that are not
     measured again stay as they stand in the file. time_limit: seconds after which no further row is begun; rows that
@@ -50,7 +51,8 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
         todo = [name for name in todo if {sources} != {row.get("sources") for row in record["rows"].get(name, [])}]
     for i, name in enumerate(todo):
         if time.monotonic() > deadline:
-            raise Stopped(f"bench: the time is up, {', '.join(todo[i:])} left; the next call with a time limit goes on from there")
+            left = ", ".join(todo[i:])
+            raise Stopped(f"bench: the time is up, {left} left; the next call with a time limit goes on from there")
         made_by, found = {**{key: made[key] for key in ("commit", "dirty", "time", "versions")}, "sources": sources}, []
         for row in ROWS[name](machine):
             found.append({**row, "dataset": machine.dataset, **made_by})

@@ -34,7 +34,8 @@ def aggregation(machine: Machine) -> Iterator[dict]:
         for k in ks:
             for picture in pixels.to(machine.device):
                 corners = [[int(torch.randint(free, ())) for free in room] for _ in range(k)]
-                crops = [F.resized_crop(picture, *corner, side, side, [size, size], antialias=True) for corner in corners]
+                crops = [F.resized_crop(picture, *corner, side, side, [size, size], antialias=True)
+                         for corner in corners]
                 with torch.autocast("cuda", torch.bfloat16, enabled=machine.device.type == "cuda"):
                     stock(torch.stack(crops).float() / 255).float().mean(0).cpu()
         return ks[-1] * len(pixels)
@@ -43,8 +44,8 @@ def aggregation(machine: Machine) -> Iterator[dict]:
     yield compared(f"bags up to K = {ks[-1]} at {size} px", rates, "crops/s", 1.3)
     pixels = torch.cat([machine.train.pixels, machine.test.pixels])[: machine.size["whole"]]
     _, seconds = timed(embed_patches(machine, encoder, pixels, ks[-1], size))  # warm from the race
-    yield {"measure": f"{len(pixels):,} images, {ks[-1]} patches of each at {size} px", "unit": "s", "ratio": seconds, "rounds": 1,
-           "most": 90 if machine.device.type == "cuda" else None}  # fmt: skip
+    yield {"measure": f"{len(pixels):,} images, {ks[-1]} patches of each at {size} px", "unit": "s", "ratio": seconds,
+           "rounds": 1, "most": 90 if machine.device.type == "cuda" else None}  # fmt: skip
 
 
 def coding_rate(machine: Machine) -> Iterator[dict]:
@@ -64,7 +65,8 @@ def coding_rate(machine: Machine) -> Iterator[dict]:
         return 1
 
     smaller = objectives.coding_rate
-    rates = machine.race({"the smaller side, all views": lambda: work(smaller), "D x D, view by view": lambda: work(rate)})
+    ways = {"the smaller side, all views": smaller, "D x D, view by view": rate}
+    rates = machine.race({name: partial(work, way) for name, way in ways.items()})
     yield compared(f"TCR, B = {batch}, D = {dim}, V = {views}", rates, "losses/s", 20)
 
 
@@ -88,7 +90,8 @@ def growth(machine: Machine) -> Iterator[dict]:
         "training, views": {v: train_steps(machine, replace(config, views=v), 8) for v in (2, 4, 8)},
         "embedding, images": {n: embed_patches(machine, encoder, machine.train.pixels[:n], 16, size)
                               for n in (images, 2 * images, 4 * images)},
-        "embedding, K": {k: embed_patches(machine, encoder, machine.train.pixels[:images], k, size) for k in (16, 64, 256)},
+        "embedding, K": {k: embed_patches(machine, encoder, machine.train.pixels[:images], k, size)
+                         for k in (16, 64, 256)},
         "TCR, V (B = 100, D = 1024)": {v: tcr(v, 1024) for v in (5, 10, 20)},
         "TCR, D (B = 100, V = 20)": {d: tcr(20, d) for d in (256, 512, 1024)},
     }  # fmt: skip
@@ -96,8 +99,8 @@ def growth(machine: Machine) -> Iterator[dict]:
         calls = {n: partial(_once, work) for n, work in works.items()}
         seconds = {n: [1 / rate for rate in rates] for n, rates in race(calls, 0.0).items()}
         exponents = [exponent(list(works), each) for each in zip(*seconds.values(), strict=True)]
-        yield {"measure": f"{name}: time ~ size^c", "unit": "c", "ratio": float(np.median(exponents)), "low": min(exponents),
-               "high": max(exponents), "rounds": ROUNDS, "sizes": list(works),
+        yield {"measure": f"{name}: time ~ size^c", "unit": "c", "ratio": float(np.median(exponents)),
+               "low": min(exponents), "high": max(exponents), "rounds": ROUNDS, "sizes": list(works),
                "seconds": [float(np.median(each)) for each in seconds.values()]}  # fmt: skip
 
 
@@ -107,15 +110,15 @@ def _once(work: Work) -> int | tuple[int, float]:
 
 
 def memory(machine: Machine) -> Iterator[dict]:
-    """Peak memory that the work adds to a process of its own: runs of one and four times the steps, bags of 16 and 256."""
+    """Peak memory that the work adds to a process of its own: one and four times the steps, bags of 16 and 256."""
     for name, small, large in (("training, steps", 16, 64), ("embedding, K", 16, 256)):
         peaks = [_peak(machine, name, n) for n in (large, small)]
-        yield {"measure": f"{name}: peak memory, {large} over {small}", "unit": "MiB", "ours": str(large),
-               "theirs": str(small), "rate": peaks[0], "their rate": peaks[1], "ratio": peaks[0] / peaks[1], "rounds": 1}
+        yield {"measure": f"{name}: peak memory, {large} over {small}", "unit": "MiB", "ours": str(large), "rounds": 1,
+               "theirs": str(small), "rate": peaks[0], "their rate": peaks[1], "ratio": peaks[0] / peaks[1]}
 
 
 def _peak(machine: Machine, name: str, n: int) -> float:
-    code = "import sys; from bagssl import bench; bench._alone(*sys.argv[1:])"
+    code = "import sys; from bagssl.bench import embedding; embedding._alone(*sys.argv[1:])"
     words = [sys.executable, "-c", code, machine.dataset, "quick" * machine.quick, name, str(n)]
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 

@@ -14,8 +14,7 @@ from bagssl import data, devices
 from bagssl.config import PretrainConfig
 from bagssl.paths import cores
 
-Work = Callable[[], int | tuple[int, float]]  # does a piece of work; how many units it was, and seconds by its own clock
-
+Work = Callable[[], int | tuple[int, float]]  # does a piece of work: its units, and the seconds by its own clock
 ROUNDS = 5
 
 # What a machine is asked to do. crops: of a training run; product: side of the matrices; cut, embedded, bagged: images
@@ -24,13 +23,11 @@ ROUNDS = 5
 CPU = {"encoder": "resnet10", "width": 16, "crops": {16: 25600, 32: 10240}, "batch": 128, "product": 2048,
        "cut": 1024, "embedded": 64, "bagged": 64, "whole": 256, "seconds": 1.0, "judged": (10_000, 2_000),
        "probed": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
-
-CUDA = {"encoder": "resnet18", "width": 64, "crops": {32: 409600}, "batch": 512, "product": 8192,
+CUDA = {"encoder": "resnet18", "width": 64, "crops": {32: 204800}, "batch": 512, "product": 8192,
         "cut": 4096, "embedded": 2048, "bagged": 64, "whole": 60_000, "seconds": 1.0, "judged": (50_000, 10_000),
         "probed": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
-
-QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "cut": 128, "embedded": 8, "bagged": 8, "whole": 8, "seconds": 0.02,
-         "judged": (500, 100), "probed": (200, 50), "coding rate": (2, 10, 64)}  # fmt: skip
+QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "cut": 128, "embedded": 8, "bagged": 8, "whole": 8,
+         "seconds": 0.02, "judged": (500, 100), "probed": (200, 50), "coding rate": (2, 10, 64)}  # fmt: skip
 
 
 class Machine:

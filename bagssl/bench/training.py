@@ -133,14 +133,16 @@ def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, 
     torch.manual_seed(config.seed)
     head = SimCLRProjectionHead(encoder.dim, config.projector_hidden, config.projector_dim).to(machine.device)
     criterion = NTXentLoss(temperature=0.5)
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=config.weight_decay, fused=True)
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
     loader, step = _loader(machine, pictures, config.batch_size, workers), 0
     while step < steps:
         for views in loader:
             for group in optimiser.param_groups:
                 group["lr"] = pretraining.learning_rate_at(step, steps, config)
             with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-                z = [head(encoder(view.to(machine.device, non_blocking=True, memory_format=torch.channels_last))) for view in views]
+                to = {"device": machine.device, "non_blocking": True, "memory_format": torch.channels_last}
+                z = [head(encoder(view.to(**to))) for view in views]
             loss = criterion(*(each.float() for each in z))
             optimiser.zero_grad()
             loss.backward()
@@ -156,7 +158,8 @@ def native_size(machine: Machine) -> Iterator[dict]:
     native, crops = patches.native_size(0.25, *machine.train.pixels.shape[2:]), min(machine.size["crops"].values())
 
     def way(size: int) -> tuple[Callable, int]:
-        return lambda seed, steps: _trained(machine, machine.config(size, seed=seed, training="patch-based"), steps), size
+        settings = {"training": "patch-based", "size": size}
+        return lambda seed, steps: _trained(machine, machine.config(seed=seed, **settings), steps), size
 
     ways = {f"{size} px": way(size) for size in (native, 2 * native)}
     yield _judged(machine, f"training on patches of {native} px, not enlarged", ways, crops, 16, None)
@@ -208,16 +211,17 @@ def utilisation(machine: Machine) -> Iterator[dict]:
 
 def _shares(machine: Machine, config: PretrainConfig) -> Iterator[dict]:
     kind, encoder = str(machine.dtype).removeprefix("torch."), build_encoder(config.encoder, config.width)
-    pixels, work = machine.train.pixels[: machine.size["embedded"]], {f"{kind} product": product(machine)}
-    step, embed = train_steps(machine, config, short_run(machine, config)), embed_patches(machine, encoder, pixels, 16, config.size)
-    per_step, per_crop = _flops(config, backward=True), _flops(config, backward=False)
+    pixels = machine.train.pixels[: machine.size["embedded"]]
+    per_step, per_crop = (_flops(config, backward) for backward in (True, False))
+    step = train_steps(machine, config, short_run(machine, config))
+    embed = embed_patches(machine, encoder, pixels, 16, config.size)
 
     def operations() -> tuple[int, float]:
         crops, seconds = step()
         return int(crops * per_step), seconds
 
-    work |= {"training": operations, "embedding": lambda: int(embed() * per_crop)}
-    rates = machine.race(work)
+    works = {"training": operations, "embedding": lambda: int(embed() * per_crop)}
+    rates = machine.race({f"{kind} product": product(machine), **works})
     (kind, by), *ours = rates.items()
     aims = (0.30, 0.40) if machine.device.type == "cuda" else (None, None)
     for (name, mine), aim in zip(ours, aims, strict=True):
@@ -244,7 +248,7 @@ def _fresh(machine: Machine, config: PretrainConfig) -> dict:
     return compared(f"training at {config.size} px, fresh crops for each step", rates, "crops/s", aim)
 
 
-def _flops(config: PretrainConfig, *, backward: bool) -> float:
+def _flops(config: PretrainConfig, backward: bool) -> float:
     """Floating-point operations per crop of the encoder, and of the projector where it is trained."""
     encoder = build_encoder(config.encoder, config.width)
     projector = build_projector(config.objective, encoder.dim, config.projector_hidden, config.projector_dim)
@@ -270,7 +274,7 @@ def compiled(machine: Machine) -> Iterator[dict]:
         return do
 
     for name in devices.COMPILED[1:]:
-        if name == "graphs" and machine.device.type != "cuda":
+        if "graphs" in name and machine.device.type != "cuda":
             continue
         rates = machine.race({f"compiled: {name}": under(name), "as it stands": under("none")})
         yield compared(f"training at {size} px, compiled: {name}", rates, "crops/s")

@@ -14,7 +14,7 @@ from bagssl.config import PretrainConfig
 
 
 def train_steps(machine: Machine, config: PretrainConfig, count: int) -> Work:
-    """A run of `count` steps, a new seed each time: crops, and the seconds from the first step to the last.
+    """A run of `count` steps, a new seed each time: its crops and seconds after the first tenth, which warms up.
 
     It logs as rarely as a long run does: a log waits for the device.
     """
@@ -22,18 +22,22 @@ def train_steps(machine: Machine, config: PretrainConfig, count: int) -> Work:
 
     def work() -> tuple[int, float]:
         with mock.patch.object(pretraining, "LOGS", 10):
-            seconds, _ = run_steps(machine, replace(config, seed=next(seeds)), count)
-        return count * config.views * config.batch_size, seconds
+            history, _ = run_steps(machine, replace(config, seed=next(seeds)), count)
+        first, *rows = [{"crops": 0}, *history][len(history) > 1 :]
+        ends = [first["crops"], *(row["crops"] for row in rows)]
+        seconds = sum((end - begin) / row["crops_per_second"]
+                      for begin, end, row in zip(ends, ends[1:], rows, strict=False))
+        return int(ends[-1] - ends[0]), seconds
 
     return work
 
 
-def run_steps(machine: Machine, config: PretrainConfig, steps: int) -> tuple[float, nn.Module]:
-    """Seconds from the first step to the last, and the encoder."""
+def run_steps(machine: Machine, config: PretrainConfig, steps: int) -> tuple[list[dict[str, float]], nn.Module]:
+    """The history of a run of `steps` steps, and its encoder."""
     config = replace(config, epochs=steps / (len(machine.train) // config.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         run = pretraining.pretrain(config, machine.train, Path(folder), progress=False)
-        return run.metrics["seconds"], pretraining.load_encoder(run, machine.device)
+        return run.history, pretraining.load_encoder(run, machine.device)
 
 
 def short_run(machine: Machine, config: PretrainConfig) -> int:

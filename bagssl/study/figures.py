@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -82,10 +83,6 @@ def _chosen(frame: pd.DataFrame, feature: str) -> pd.DataFrame:
     return pd.concat([rows[~untrained], copies.assign(objective="none")])
 
 
-def _arm(row: Mapping[str, Any]) -> tuple[str, str]:
-    return (DASH if row["training"] == "untrained" else title(row["objective"])), row["training"]
-
-
 def cell(mean: float, std: float = float("nan")) -> str:
     """`65.0 ± 0.2`; without the ± for a single seed; a dash for what was not measured."""
     if pd.isna(mean):
@@ -102,13 +99,13 @@ def comparison_table(frame: pd.DataFrame, feature: str = "h") -> pd.DataFrame:
     best = chosen[chosen["training"] != "untrained"].groupby(["probe", "objective"])["accuracy_mean"].max()
     rows: dict[tuple, dict[str, str]] = {}
     for row in chosen.to_dict("records"):
-        text = cell(row["accuracy_mean"], row["accuracy_std"])
-        if row["training"] != "untrained" and row["accuracy_mean"] == best[row["probe"], row["objective"]]:
+        text, untrained = cell(row["accuracy_mean"], row["accuracy_std"]), row["training"] == "untrained"
+        if not untrained and row["accuracy_mean"] == best[row["probe"], row["objective"]]:
             text = f"**{text}**"
-        name = "centre crop" if row["k"] == 0 else f"K = {row['k']}"
-        rows.setdefault((title(row["probe"]), *_arm(row)), {})[name] = text
-    columns = ["centre crop"] * (0 in set(chosen["k"])) + [f"K = {k}" for k in sorted(set(chosen["k"]) - {0})]
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).fillna(DASH)
+        arm = (title(row["probe"]), DASH if untrained else title(row["objective"]), row["training"])
+        rows.setdefault(arm, {})[row["k"]] = text
+    table = pd.DataFrame.from_dict(rows, orient="index").sort_index(axis=1).fillna(DASH)
+    table.columns = ["centre crop" if k == 0 else f"K = {k}" for k in table]
     table.index = pd.MultiIndex.from_tuples(rows, names=["probe", "objective", "training"])
     return table
 
@@ -149,33 +146,19 @@ class Table:
     _repr_markdown_ = __repr__
 
     def _repr_html_(self) -> str:
-        script = Path(__file__).with_name("sortable.js.j2").read_text(encoding="utf-8")
         texts = [[escape(text) for text in row] for row in _texts(self.frame)]
-        head, *rows = [[_BOLD.sub(r"<strong>\1</strong>", text) for text in row] for row in texts]
-        html = f"<table><thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead>\n<tbody>"
-        html += "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>\n" for row in rows) + "</tbody></table>"
-        return f"""<style>
-.sortable th {{ cursor: pointer }}
-.sortable th[aria-sort]::after {{ content: " ↑" }} .sortable th[aria-sort=descending]::after {{ content: " ↓" }}
-</style>
-<div class="sortable">{html}</div>
-<script>
-{{
-{script}sortable(document.currentScript.previousElementSibling.firstElementChild);
-}}
-</script>"""
+        head, *rows = [[Markup(_BOLD.sub(r"<strong>\1</strong>", text)) for text in row] for row in texts]
+        return render("table.html.j2", head=head, rows=rows)
 
 
 def latex(table: pd.DataFrame) -> str:
     """A LaTeX tabular for booktabs."""
     def tex(text: str) -> str:
-        text = re.sub(r"([&%$#_{}])", r"\\\1", text)
-        text = _BOLD.sub(r"\\textbf{\1}", text)
+        text = _BOLD.sub(r"\\textbf{\1}", re.sub(r"([&%$#_{}])", r"\\\1", text))
         return text.replace("±", r"$\pm$").replace(DASH, "--").replace("×", r"$\times$")
 
     rows = [" & ".join(map(tex, row)) + r" \\" for row in _texts(table)]
-    left = len([name for name in table.index.names if name is not None])
-    columns = "l" * left + "r" * len(table.columns)
+    columns = "l" * sum(name is not None for name in table.index.names) + "r" * len(table.columns)
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
     return "\n".join([*body, r"\end{tabular}"]) + "\n"
 
@@ -236,14 +219,20 @@ def accuracy_against_k(frame: pd.DataFrame, feature: str = "h", heading: str | N
         raise InputError("accuracy_against_k needs at least one K above 0")
     probes = [probe for probe in ("linear", "knn") if probe in set(chosen["probe"])]
     figure, axes = plt.subplots(1, len(probes), figsize=(7, 3.5), sharey=True, squeeze=False)
+    centre = ks[0] / max(2.0, (ks[-1] / ks[0]) ** 0.18)  # left of the smallest K, by a fixed part of the axis
     handles: dict[str, Any] = {}
     for axis, probe in zip(axes[0], probes, strict=True):
         arms = chosen[chosen["probe"] == probe].groupby(["objective", "training"], sort=False)
         for (objective, training), arm in arms:
             label = "untrained" if training == "untrained" else f"{title(objective)}, {training}"
-            handles.setdefault(label, _draw_arm(axis, arm, ks, colour(objective, training), training))
-        _k_axis(axis, ks)
-        axis.set_title(title(probe))
+            handles.setdefault(label, _draw_arm(axis, arm, centre, colour(objective, training), training))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([centre, *ks], ["centre\ncrop", *map(str, ks)])
+        axis.minorticks_off()
+        margin = (ks[-1] / centre) ** 0.06
+        axis.set_xlim(centre / margin, ks[-1] * margin)
+        axis.grid(False, axis="x")
+        axis.set(xlabel="K, patches in the bag", title=title(probe))
     axes[0][0].set_ylabel("accuracy (%)")
     if ((chosen["training"] == "multi-scale") & (chosen["k"] == 0)).any():
         handles["multi-scale, centre crop"] = Line2D([], [], color="#4D4D4D", linestyle=":", linewidth=1.2)
@@ -260,45 +249,27 @@ def _errors(rows: pd.DataFrame) -> np.ndarray:
     return np.nan_to_num(both)
 
 
-def _draw_arm(axis: Axes, arm: pd.DataFrame, ks: Sequence[int], tint: str, training: str):
-    arm = arm.sort_values("k")
-    line, marker = LINES.get(training, ("-", "o"))
-    fill = tint if training != "multi-scale" else "white"
-
-    bags, centre = arm[arm["k"] > 0], arm[arm["k"] == 0]
+def _draw_arm(axis: Axes, arm: pd.DataFrame, centre: float, tint: str, training: str):
+    """The line of an arm's bags, and its centre crop at `centre` on the axis of K; what the legend shows of it."""
+    arm, (line, marker) = arm.sort_values("k"), LINES.get(training, ("-", "o"))
+    bags, crop = arm[arm["k"] > 0], arm[arm["k"] == 0]
+    fill = "white" if training == "multi-scale" else tint
     looks = {"color": tint, "marker": marker, "markerfacecolor": fill, "capsize": 2, "elinewidth": 1}
     drawn = axis.errorbar(bags["k"], bags["accuracy_mean"], _errors(bags), linestyle=line, **looks)
-    if len(centre):
-        axis.errorbar([_centre(ks)], centre["accuracy_mean"], _errors(centre), linestyle="none", **looks)
-    if len(centre) and training == "multi-scale":
-        axis.axhline(centre["accuracy_mean"].iloc[0], color=tint, linestyle=":", linewidth=1.2, zorder=1)
+    if len(crop):
+        axis.errorbar([centre], crop["accuracy_mean"], _errors(crop), linestyle="none", **looks)
+    if len(crop) and training == "multi-scale":
+        axis.axhline(crop["accuracy_mean"].iloc[0], color=tint, linestyle=":", linewidth=1.2, zorder=1)
     return drawn
-
-
-def _centre(ks: Sequence[int]) -> float:
-    """Where centre crops stand on the axis of K: left of the smallest, by a fixed part of the axis."""
-    return ks[0] / max(2.0, (ks[-1] / ks[0]) ** 0.18)
-
-
-def _k_axis(axis: Axes, ks: Sequence[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([_centre(ks), *ks], ["centre\ncrop", *map(str, ks)])
-    axis.minorticks_off()
-    margin = (ks[-1] / _centre(ks)) ** 0.06
-    axis.set_xlim(_centre(ks) / margin, ks[-1] * margin)
-    axis.grid(False, axis="x")
-    axis.set_xlabel("K, patches in the bag")
 
 
 def _heading(frame: pd.DataFrame) -> str:
     """What is seen: the arm that is best with the largest bag, from one patch to all."""
-    trained = frame[(frame["k"] > 0) & (frame["training"] != "untrained")]
-    trained = trained if len(trained) else frame[frame["k"] > 0]
-    largest = trained[trained["k"] == trained["k"].max()]
-    best = largest.loc[largest["accuracy_mean"].idxmax()]
-    arm = ["objective", "training", "probe"]
-    own = trained[(trained[arm] == best[arm]).all(axis=1)]
-    first = own.loc[own["k"].idxmin()]
+    bags, arm = frame[frame["k"] > 0], ["objective", "training", "probe"]
+    if (trained := bags["training"] != "untrained").any():
+        bags = bags[trained]
+    best = bags.loc[bags[bags["k"] == bags["k"].max()]["accuracy_mean"].idxmax()]
+    first = bags.loc[bags[(bags[arm] == best[arm]).all(axis=1)]["k"].idxmin()]
     one, many = (f"{row['accuracy_mean']:.1f} % with K = {row['k']}" for row in (first, best))
     probe = title(best["probe"]).replace("Linear", "linear")
     return f"{title(best['objective'])}, {best['training']}: {one}, {many} ({probe})"
@@ -344,20 +315,19 @@ def gain_figure(frame: pd.DataFrame) -> Figure:
 
     frame: columns objective, representation, accuracy; the first representation is the line's start.
     """
-    names = list(frame["representation"].unique())
+    markers = dict(zip(frame["representation"].unique(), "osD^", strict=False))
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * frame["objective"].nunique()))
     for row, (objective, rows) in enumerate(frame.groupby("objective", sort=False)):
         tint, values = colour(objective), rows.set_index("representation")["accuracy"]
         axis.plot([values.min(), values.max()], [row, row], color=tint, linewidth=2, alpha=0.4, zorder=1)
-        for name, marker in zip(names, ("o", "s", "D", "^"), strict=False):
-            fill = "white" if name == names[0] else tint
+        for name, marker in markers.items():
+            fill = "white" if marker == "o" else tint
             axis.plot(values[name], row, marker, color=tint, markerfacecolor=fill, markersize=7)
     axis.set_yticks(range(frame["objective"].nunique()), [title(name) for name in frame["objective"].unique()])
     axis.invert_yaxis()
     axis.set_xlabel("accuracy (%)")
     keys = [Line2D([], [], color="#4D4D4D", marker=marker, linestyle="none", label=name,
-                   markerfacecolor="white" if name == names[0] else "#4D4D4D")
-            for name, marker in zip(names, ("o", "s", "D", "^"), strict=False)]  # fmt: skip
+                   markerfacecolor="white" if marker == "o" else "#4D4D4D") for name, marker in markers.items()]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
     return figure
 
@@ -428,8 +398,7 @@ def similarity_maps(pixels: Tensor, maps: Mapping[str, np.ndarray], box: Sequenc
     columns] at every `step`-th position, drawn where the centres of the patches lie. One scale from -1 to 1.
     """
     count, (high, wide) = len(pixels), pixels.shape[2:]
-    size = (7, 0.2 + 6.3 * (1 + len(maps)) / count)
-    figure, axes = plt.subplots(1 + len(maps), count, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(1 + len(maps), count, figsize=(7, 0.2 + 6.3 * (1 + len(maps)) / count), squeeze=False)
     for column, image in enumerate(pixels):
         picture(axes[0, column], image, None if column else box, "#56B4E9")
     for row, (name, each) in enumerate(maps.items(), start=1):
