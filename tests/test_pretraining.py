@@ -185,24 +185,31 @@ def test_rates_may_be_tensors_as_a_graph_needs_them(images, settings):
 @pytest.mark.parametrize("settings", [
     *({"objective": each, "training": "multi-scale", "blur": 0.5, "solarise": 0.2} for each in OBJECTIVES),
     {"optimiser": "sgd", "learning_rate": 0.03}, {"optimiser": "adamw", "learning_rate": 4e-3}, {"grid": 8}])
-def test_a_graph_takes_the_steps_that_it_captured(images, tmp_path, settings):
-    """The terms of every row of the history, with another seed's as negative control; and it resumes."""
-    settings = {"optimiser": "lars", "lars_clip": True, "learning_rate": 0.1, **settings}
-    settings |= {"device": "cuda", "precision": "fp32"}
+def test_a_graph_takes_the_steps_that_it_captured(images, tmp_path, monkeypatch, settings):
+    """The losses of its first replays, with another seed's as negative control; and it resumes.
+
+    A GPU adds in an order that differs from run to run, and training magnifies that: later steps tell nothing.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    settings = {"optimiser": "lars", "lars_clip": True, "learning_rate": 0.1, "device": "cuda", **settings}
+    settings["precision"] = "fp32"
+    if settings.get("objective", "tcr") == "tcr":
+        settings["options"] = {"invariance": 20}  # with more these networks, tiny as they are, collapse
     plain, graphs, other = (
         train(images, tmp_path / f"{compiled}{seed}", compiled=compiled, seed=seed, **settings)
         for compiled, seed in (("none", 0), ("graphs", 0), ("none", 1)))
 
     def apart(a, b):
-        return max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a.history, b.history, strict=True))
+        pairs = zip(a.history[:8], b.history[:8], strict=True)
+        return max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in pairs)
 
     assert graphs.provenance["compiled"] == "graphs"
-    assert apart(graphs, plain) < 1e-2 and apart(graphs, plain) < apart(other, plain) / 3
+    assert apart(graphs, plain) < 5e-3 and apart(graphs, plain) < apart(other, plain) / 3
     for _ in range(3):
         with contextlib.suppress(Stopped):
             train(images, tmp_path / "stopped", compiled="graphs", time_limit=0, **settings)
     resumed = train(images, tmp_path / "stopped", compiled="graphs", **settings)
-    assert apart(resumed, plain) < 1e-2
+    assert apart(resumed, plain) < 5e-3
 
 
 @pytest.mark.gpu
