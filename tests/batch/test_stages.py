@@ -55,9 +55,9 @@ def test_every_source_that_a_result_depends_on_is_in_the_key(tmp_path):
         if stages.package_hash(package) == before:
             beside.add(path.relative_to(package).as_posix())
         path.write_bytes(content)
-    of_the_batch = {path.relative_to(package).as_posix() for path in package.glob("batch/*")}
-    assert {"batch/stages.py", "batch/report.html.j2"} < of_the_batch
-    assert beside == {"bench.py", "cli.py"} | of_the_batch, "the study, a folder below, is in the key"
+    above = {path.relative_to(package).as_posix() for room in ("batch", "bench") for path in package.glob(f"{room}/*")}
+    assert {"batch/stages.py", "batch/report.html.j2", "bench/race.py"} < above
+    assert beside == {"cli.py"} | above, "the study, a folder below, is in the key"
     for path, moved in (("data.py", "study/data.py"), ("study/claims.py", "claims.py")):
         (package / path).rename(package / moved)
         stages.package_hash.cache_clear()
