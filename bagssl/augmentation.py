@@ -11,32 +11,24 @@ from bagssl.errors import InputError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training patches are cut and coloured.
+    """How training patches are cut and coloured. Raises InputError for a value without sense.
 
-    scale: range of the box's share of the image's area; equal ends are one fixed scale.
-    ratio: range of the box's width / height; (1, 1) for patches, (3/4, 4/3) for multi-scale crops.
-    size: side of the patch that the encoder sees, in pixels.
-    brightness, contrast, saturation: factors are drawn from [max(0, 1 - x), 1 + x]; hue: turns from [-x, x].
-    flip, jitter, grey, blur, solarise: probabilities.
-    grid: 0, or the pixels of which the offsets of patches of one fixed scale are multiples; the views of an image
-    are then different cells, drawn without replacement.
-
-    Raises InputError for a value without sense.
+    With a grid, the views of an image are different cells of it, drawn without replacement.
     """
 
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    size: int
-    flip: float = 0.5
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    jitter: float = 0.0
-    grey: float = 0.0
-    blur: float = 0.0
-    solarise: float = 0.0
-    grid: int = 0
+    scale: tuple[float, float]  # range of the box's share of the image's area; equal ends are one fixed scale
+    ratio: tuple[float, float]  # range of its width / height; (1, 1) for patches, (3/4, 4/3) for multi-scale crops
+    size: int  # side of the patch that the encoder sees, in pixels
+    flip: float = 0.5  # probability
+    brightness: float = 0.0  # the factor is drawn from [max(0, 1 - x), 1 + x]
+    contrast: float = 0.0  # likewise
+    saturation: float = 0.0  # likewise
+    hue: float = 0.0  # the turn is drawn from [-x, x]
+    jitter: float = 0.0  # probability of these four
+    grey: float = 0.0  # probability
+    blur: float = 0.0  # probability
+    solarise: float = 0.0  # probability
+    grid: int = 0  # or the pixels of which the offsets of patches of one fixed scale are multiples
 
     def __post_init__(self):
         for name in ("scale", "ratio"):

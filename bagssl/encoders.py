@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A ResNet of basic blocks (He et al. 2016) with a CIFAR stem: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim].
+    """A ResNet of basic blocks (He et al. 2016), CIFAR stem: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim].
 
     The stages have `width` x (1, 2, 4, 8) channels; `dim` = 8 x width. Width 64 is the usual network: its
     parameters carry torchvision's names. conv: what makes a 3x3 convolution of inputs, outputs and stride.

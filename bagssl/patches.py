@@ -27,17 +27,13 @@ PART = {"cpu": 2**18, "cuda": 2**27}  # floats worked on at a time: a CPU's cach
 
 @dataclass(frozen=True)
 class Draws:
-    """What decides the patches of a batch, view by view: of n = views x batch patches the boxes, flips and colours.
-
-    boxes: int64 [n, 4] (top, left, height, width); flip: bool [n], or None where no patch is mirrored; side: height and
-    width of every box in pixels, where they are one number.
-    """
+    """What decides the patches of a batch, view by view: of n = views x batch patches the boxes, flips and colours."""
 
     views: int
-    boxes: Tensor
-    flip: Tensor | None
+    boxes: Tensor  # int64 [n, 4] (top, left, height, width)
+    flip: Tensor | None  # bool [n], or None where no patch is mirrored
     colour: Colour
-    side: int | None
+    side: int | None  # height and width of every box in pixels, where they are one number
 
     def of(self, images: slice) -> Self:
         """The draws of some of the batch's images, in all their views."""
@@ -62,8 +58,7 @@ def draw(views: int, batch: int, height: int, width: int, augmentation: Augmenta
         boxes = draw_cells(views, batch, height, width, side, a.grid, generator).flatten(0, 1)
     else:
         boxes = draw_boxes(count, height, width, a.scale, a.ratio, generator)
-    flip = chance(count, a.flip, generator)
-    return Draws(views, boxes, flip, draw_colour(count, a, generator), side)
+    return Draws(views, boxes, chance(count, a.flip, generator), draw_colour(count, a, generator), side)
 
 
 def apply(pixels: Tensor, draws: Draws, size: int,
@@ -93,8 +88,7 @@ def augment(pixels: Tensor, views: int, augmentation: Augmentation, generator: G
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
         raise InputError(f"pixels are {pixels.dtype} {list(pixels.shape)}: give uint8 [images, 3, height, width]")
-    batch, _, height, width = pixels.shape
-    draws = draw(views, batch, height, width, augmentation, generator)
+    draws = draw(views, len(pixels), *pixels.shape[2:], augmentation, generator)
     return apply(pixels, draws, augmentation.size, colour_by)
 
 
@@ -129,13 +123,8 @@ def draw_boxes(count: int, height: int, width: int, scale: tuple[float, float], 
         h, w = (area / aspect).sqrt().round().long(), (area * aspect).sqrt().round().long()
         valid = (h > 0) & (h <= height) & (w > 0) & (w <= width)
         first, fits = valid.int().argmax(1, keepdim=True), valid.any(1)
-        tallest, widest = height, width
-        if width / height < ratio[0]:
-            tallest = round(width / ratio[0])
-        elif width / height > ratio[1]:
-            widest = round(height * ratio[1])
-        h = torch.where(fits, h.gather(1, first)[:, 0], tallest)
-        w = torch.where(fits, w.gather(1, first)[:, 0], widest)
+        h = torch.where(fits, h.gather(1, first)[:, 0], round(min(height, width / ratio[0])))
+        w = torch.where(fits, w.gather(1, first)[:, 0], round(min(width, height * ratio[1])))
     room = (height - h, width - w)
     top, left = (torch.where(fits, _below(free + 1, generator), free // 2) for free in room)
     return torch.stack([top, left, h, w], 1)
@@ -198,7 +187,7 @@ def crop(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None, *
         return _resize(_unit(pixels[image]), rows[:, None], columns[:, None])
     patches = _unit(pixels.unfold(2, side, 1).unfold(3, side, 1)[image, :, top, left])
     if flip is not None:
-        patches.lerp_(patches.flip(-1), _column(flip))
+        patches.lerp_(patches.flip(-1), flip.float()[:, None, None, None])
     return _resize_whole(patches, size)
 
 
@@ -254,10 +243,6 @@ def _weights(start: Tensor, length: Tensor, size: int, full: int, flip: Tensor |
 
 def _unit(values: Tensor) -> Tensor:
     return values.float() if values.is_floating_point() else values.float().div_(255)
-
-
-def _column(values: Tensor) -> Tensor:
-    return values.float()[:, None, None, None]
 
 
 def _below(bounds: Tensor, generator: Generator) -> Tensor:

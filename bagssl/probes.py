@@ -32,17 +32,13 @@ class Accuracy:
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A fitted linear probe, its standardisation folded in: logits = features @ weights.T + intercept, in float64.
+    """A fitted linear probe, its standardisation folded in: logits = features @ weights.T + intercept, in float64."""
 
-    weights: [classes, dim]; intercept: [classes]; classes: int64 [classes], the label of each row; centre: [dim], the
-    mean of the features it was fitted to; settings: as in `Accuracy`.
-    """
-
-    weights: Tensor
-    intercept: Tensor
-    classes: Tensor
-    centre: Tensor
-    settings: dict
+    weights: Tensor  # [classes, dim]
+    intercept: Tensor  # [classes]
+    classes: Tensor  # int64 [classes], the label of each row
+    centre: Tensor  # [dim], the mean of the features it was fitted to
+    settings: dict  # as in `Accuracy`
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits float64 [..., classes] of features [..., dim]."""
@@ -64,10 +60,8 @@ def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, 
     classes, targets = _check(train, train_labels, test, test_labels)
     k = min(k, len(train))
     bank, queries = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    predicted = []
-    for block in queries.split(max(1, 2**24 // len(bank))):
-        votes = vote(block @ bank.T, targets, len(classes), k, temperature)
-        predicted.append(classes[votes.argmax(dim=1)])
+    predicted = [classes[vote(block @ bank.T, targets, len(classes), k, temperature).argmax(dim=1)]
+                 for block in queries.split(max(1, 2**24 // len(bank)))]
     settings = {"probe": "knn", "metric": "cosine", "k": k, "temperature": temperature}
     return _accuracy(torch.cat(predicted), test_labels, settings)
 
@@ -156,8 +150,7 @@ def _check(train: Tensor, train_labels: Tensor, *test: Tensor) -> tuple[Tensor, 
 
 def _held_out(targets: Tensor, share: float, seed: int) -> Tensor:
     """A mask [images] of about `share` of each class, at least one image of each class that has two."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets), generator=generator)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(len(targets), dtype=torch.bool)
     for label in range(int(targets.max()) + 1):
         members = order[targets.cpu()[order] == label]
@@ -176,17 +169,16 @@ def _choose(x: Tensor, y: Tensor, classes: int, judged: Tensor, grid: list[float
         right = _logits((x[judged] - mean) / scale, weights[strength]).argmax(dim=1) == y[judged]
         scores[strength] = 100 * right.double().mean().item()
 
+    def best() -> float:
+        return max(scores, key=lambda strength: (scores[strength], strength))
+
     # from strong to weak, each from where the last ended
     for last, strength in zip([None, *grid], grid):
         judge(strength, weights.get(last))
-    best = max(scores, key=lambda strength: (scores[strength], strength))
     for _ in range(3):
-        if best not in (max(scores), min(scores)):
-            break
-        further = best * 10 if best == max(scores) else best / 10
-        judge(further, weights[best])
-        best = max(scores, key=lambda strength: (scores[strength], strength))
-    return best, weights[best], scores
+        if (end := best()) in (max(scores), min(scores)):
+            judge(end * 10 if end == max(scores) else end / 10, weights[end])
+    return best(), weights[best()], scores
 
 
 def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +238,6 @@ def _solver(x: Tensor, y: Tensor, classes: int) -> Callable[[float, Tensor | Non
         loss()  # the line search may have ended with another point's gradient
         last = {"gradient": point.grad.abs().max().item(), "evaluations": descent.state[point]["func_evals"]}
         weights = point * scale
-        weights = torch.cat([weights[:, :-1] @ axes.T, weights[:, -1:]], dim=1)
-        return weights, last
+        return torch.cat([weights[:, :-1] @ axes.T, weights[:, -1:]], dim=1), last
 
     return solve

@@ -38,17 +38,12 @@ COLOURS = {  # motif, ground
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """What is known of the synthetic world.
+    """What is known of the synthetic world: P = 36 part types, and C = 10 classes, equally frequent."""
 
-    parts: uint8 [P, 3, 12, 12], the part types; names: their motif and colour; class_part: float64 [C, P],
-    p(part | class); joint: float64 [P, P], p(part1, part2) of two different cells of one image, classes being
-    equally frequent. P is 36, C is 10.
-    """
-
-    parts: Tensor
-    names: tuple[str, ...]
-    class_part: Tensor
-    joint: Tensor
+    parts: Tensor  # uint8 [P, 3, 12, 12]
+    names: tuple[str, ...]  # the colour and motif of each part
+    class_part: Tensor  # float64 [C, P], p(part | class)
+    joint: Tensor  # float64 [P, P], p(part1, part2) of two different cells of one image
 
 
 def _below(raw: np.ndarray, n: int) -> np.ndarray:
@@ -110,10 +105,9 @@ def world() -> World:
 def generate(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw `count` quilts.
 
-    Returns pixels uint8 [count, 3, 32, 32]; labels int64 [count], the classes in turn; and the part type of
-    each cell, int64 [count, 4, 4]. Position jitter: each cell is a window of 8 px somewhere in its part of
-    12 px. Nuisances: one exposure and one tint for the image, triangular noise of about 6 grey levels for
-    the pixel.
+    Returns pixels uint8 [count, 3, 32, 32]; labels int64 [count], the classes in turn; and the part type of each cell,
+    int64 [count, 4, 4]. Position jitter: each cell is a window of 8 px somewhere in its part of 12 px. Nuisances: one
+    exposure and one tint for the image, triangular noise of about 6 grey levels for the pixel.
     """
     stream = np.random.PCG64(seed)
     labels = np.arange(count) % len(CLASSES)

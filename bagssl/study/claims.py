@@ -219,11 +219,10 @@ class Ruling:
         return f"**{self.claim}**: {about.statement} {verdicts}{caveat}\n\n{figures.markdown(self.rows)}"
 
     def _repr_html_(self) -> str:
-        about = {"claim": self.claim, "statement": CLAIMS[self.claim].statement, "caveat": CLAIMS[self.claim].caveat}
         rows = judged(self.claim, self.evidence)
         drawn = [(each, strip(self.claim, each, rows[rows["dataset"] == each["dataset"]]) if each["dataset"] else None)
                  for each in self.entries]  # fmt: skip
-        head = figures.render("ruling.html.j2", **about, entries=drawn)
+        head = figures.render("ruling.html.j2", claim=self.claim, about=CLAIMS[self.claim], entries=drawn)
         return head + figures.Table(self.rows)._repr_html_()
 
 
@@ -277,8 +276,7 @@ def collect(results: Path, profile: str) -> pd.DataFrame:
             found.append(checked(claim, frame, str(path)).assign(
                 claim=claim, experiment=folder.name, hardware=hardware(folder),
                 table=f"{folder.name}/tables/{path.name}", notebook=f"{folder.name}/{folder.name}.ipynb"))  # fmt: skip
-    filled = [frame for frame in found if len(frame)]
-    return pd.concat(filled, ignore_index=True) if filled else found[0]
+    return pd.concat([frame for frame in found if len(frame)] or found[:1], ignore_index=True)
 
 
 def ledger(results: Path, profile: str) -> pd.DataFrame:
@@ -296,8 +294,7 @@ def ledger(results: Path, profile: str) -> pd.DataFrame:
 
 def _entry(claim: str, dataset: str, evidence: pd.DataFrame) -> dict[str, str]:
     about = CLAIMS[claim]
-    conditions = about.on(dataset) if dataset else about.conditions
-    rule = "; ".join(filter(None, [*map(str, conditions), about.caveat]))
+    rule = "; ".join(filter(None, [*map(str, about.on(dataset) if dataset else about.conditions), about.caveat]))
     entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, "statement": about.statement,
              "rule": rule, "verdict": MISSING}  # fmt: skip
     if evidence.empty:

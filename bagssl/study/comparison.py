@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,9 @@ def measure_all(trained: Sequence[Run], train: Images, test: Images, ks: Sequenc
 
 def over_seeds(measured: pd.DataFrame) -> pd.DataFrame:
     """The tidy table: mean and standard deviation (n - 1) over seeds; low and high are kept for a single seed."""
-    by = ["objective", "training", "k", "probe", "feature"]
-    groups = measured.groupby(by, sort=False)
-    table = groups.agg(
+    table = measured.groupby(COLUMNS[:5], sort=False).agg(
         accuracy_mean=("accuracy", "mean"), accuracy_std=("accuracy", "std"), seeds=("seed", "nunique"),
-        crops=("crops", "first"), low=("low", "mean"), high=("high", "mean"),
-    ).reset_index()  # fmt: skip
+        crops=("crops", "first"), low=("low", "mean"), high=("high", "mean")).reset_index()  # fmt: skip
     table.loc[table["seeds"] > 1, ["low", "high"]] = float("nan")
     table = table.sort_values(["feature", "probe"], ascending=[True, False], kind="stable")  # linear before knn
     return table[[*COLUMNS, "crops", "low", "high"]]
@@ -79,9 +77,7 @@ def over_seeds(measured: pd.DataFrame) -> pd.DataFrame:
 
 def value(table: pd.DataFrame, **where: Any) -> float:
     """The mean accuracy of the one row that `where` names, in per cent. Raises KeyError when it is not one row."""
-    chosen = table
-    for column, wanted in where.items():
-        chosen = chosen[chosen[column] == wanted]
+    chosen = table[(table[list(where)] == list(where.values())).all(axis=1)]
     if len(chosen) != 1:
         raise KeyError(f"{len(chosen)} rows have {where}")
     return float(chosen["accuracy_mean"].iloc[0])
@@ -99,15 +95,13 @@ def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFram
     pairs += [(("patch-based", largest), ("multi-scale", 0))] * (0 in ks)
     pairs += [(("patch-based", largest), ("patch-based", 1))] * (1 in ks and largest > 1)
     pairs += [((training, largest), ("untrained", largest)) for training in ("patch-based", "multi-scale")]
-    rows = []
-    chosen = measured[measured["feature"] == "h"]
-    for objective in (name for name in chosen["objective"].unique() if name != "none"):
-        for probe in chosen["probe"].unique():
-            for pair in pairs:
-                a, b = (_arm(chosen, objective, probe, *arm) for arm in pair)
-                first, second = (f"{training}, {'centre crop' if k == 0 else f'K = {k}'}" for training, k in pair)
-                named = {"objective": objective, "probe": probe, "first": first, "second": second}
-                rows.append({**named, **difference(a, b, images)})
+    rows, chosen = [], measured[measured["feature"] == "h"]
+    objectives = [name for name in chosen["objective"].unique() if name != "none"]
+    for objective, probe, pair in product(objectives, chosen["probe"].unique(), pairs):
+        a, b = (_arm(chosen, objective, probe, *arm) for arm in pair)
+        first, second = (f"{training}, {'centre crop' if k == 0 else f'K = {k}'}" for training, k in pair)
+        named = {"objective": objective, "probe": probe, "first": first, "second": second}
+        rows.append({**named, **difference(a, b, images)})
     return pd.DataFrame(rows)
 
 
@@ -169,11 +163,9 @@ def sentences(reading: pd.DataFrame) -> str:
     interval = "95 % t-interval over seeds" if seeds > 1 else "95 % paired bootstrap over test images"
     interval += f", wide because there are only {seeds} of them" if 1 < seeds < 4 else ""
     words = {"above": "is better than", "below": "is worse than", "undecided": "cannot be told from"}
-    lines = [
-        f"- {row['objective']}, {row['probe']} probe: {row['first']} **{words[row['verdict']]}** {row['second']}: "
-        f"{row['points']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f})"
-        for row in reading.to_dict("records")
-    ]
+    lines = [f"- {row['objective']}, {row['probe']} probe: {row['first']} **{words[row['verdict']]}** {row['second']}: "
+             f"{row['points']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f})"
+             for row in reading.to_dict("records")]
     return "\n".join([f"Differences in points of accuracy, with the {interval}:", "", *lines])
 
 

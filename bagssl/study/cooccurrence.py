@@ -194,8 +194,7 @@ def learned_ratio(kernel: Kernel, z: Tensor, part: Tensor, parts: int, groups: i
             said = kernel(zs[a].flatten(0, 1), zs[b].flatten(0, 1)).to(z)
             said = (shown[a].T @ said @ shown[b]).double()
             for total, block in ((sums, said), (counts, torch.outer(count[a], count[b]))):
-                for index in (0, a + 1, b + 1):
-                    total[index] += block + block.T
+                total[[0, a + 1, b + 1]] += block + block.T
     sums[1:], counts[1:] = sums[0] - sums[1:], counts[0] - counts[1:]
     return sums / counts
 
@@ -212,14 +211,11 @@ def fit(learned: Tensor, joint: Tensor, ranks: tuple[int, ...] = (1,)) -> dict[s
     weight, true = torch.outer(p, p), ratio(joint)
     x, y = (values - (weight * values).sum() for values in (learned, true))
     covariance, variances = (weight * x * y).sum(), [(weight * values.square()).sum() for values in (x, y)]
-    measures = {
-        "correlation": float(covariance / math.sqrt(variances[0] * variances[1])),
-        "R2": float(1 - (weight * (learned - true).square()).sum() / variances[1]),
-    }
-    ours, theirs = (_eigen(ratios, p)[1] for ratios in (learned, true))
+    measures = {"correlation": float(covariance / math.sqrt(variances[0] * variances[1])),
+                "R2": float(1 - (weight * (learned - true).square()).sum() / variances[1])}
+    ours, theirs = (_eigen(ratios, p)[1].numpy() for ratios in (learned, true))
     for rank in ranks:
-        angles = subspace_angles(ours[:, :rank].numpy(), theirs[:, :rank].numpy())
-        measures[f"angle {rank}"] = math.degrees(angles.max())
+        measures[f"angle {rank}"] = math.degrees(subspace_angles(ours[:, :rank], theirs[:, :rank]).max())
     return measures
 
 

@@ -57,10 +57,9 @@ class GrowingBags:
         return figures.render("explore.html.j2", content=content)
 
 
-def growing_bags(
-    encoder: nn.Module, train: Images, test: Images, chosen: Sequence[int], ks: Sequence[int], *, scale: float,
-    size: int, neighbours: int = 6, seed: int = 0, device: torch.device | str | None = None,
-) -> GrowingBags:  # fmt: skip
+def growing_bags(encoder: nn.Module, train: Images, test: Images, chosen: Sequence[int], ks: Sequence[int], *,
+                 scale: float, size: int, neighbours: int = 6, seed: int = 0,
+                 device: torch.device | str | None = None) -> GrowingBags:
     """The test images at the places `chosen` as bags of each K in `ks`, among bags of as many training patches.
 
     Patches, seeds and the kNN probe are those of `evaluate`, so the accuracy over all test images is the one it

@@ -265,11 +265,13 @@ def _draw_arm(axis: Axes, arm: pd.DataFrame, centre: float, tint: str, training:
 
 def _heading(frame: pd.DataFrame) -> str:
     """What is seen: the arm that is best with the largest bag, from one patch to all."""
-    bags, arm = frame[frame["k"] > 0], ["objective", "training", "probe"]
-    if (trained := bags["training"] != "untrained").any():
-        bags = bags[trained]
-    best = bags.loc[bags[bags["k"] == bags["k"].max()]["accuracy_mean"].idxmax()]
-    first = bags.loc[bags[(bags[arm] == best[arm]).all(axis=1)]["k"].idxmin()]
+    trained = frame[(frame["k"] > 0) & (frame["training"] != "untrained")]
+    trained = trained if len(trained) else frame[frame["k"] > 0]
+    largest = trained[trained["k"] == trained["k"].max()]
+    best = largest.loc[largest["accuracy_mean"].idxmax()]
+    arm = ["objective", "training", "probe"]
+    own = trained[(trained[arm] == best[arm]).all(axis=1)]
+    first = own.loc[own["k"].idxmin()]
     one, many = (f"{row['accuracy_mean']:.1f} % with K = {row['k']}" for row in (first, best))
     probe = title(best["probe"]).replace("Linear", "linear")
     return f"{title(best['objective'])}, {best['training']}: {one}, {many} ({probe})"

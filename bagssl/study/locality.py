@@ -83,10 +83,9 @@ def another(count: int, seed: int = 0) -> Tensor:
 def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
     """How near the mean of K patch embeddings is to the whole image's, for each image and K.
 
-    embedded: {K: [N, dim]} as from `bags.embed_bags`, K = 0 being the whole image. Columns: image, k, patches
-    ("own" or "another image's"), centred, cosine, error = |mean of K - whole| / |whole|. Centred: from the
-    whole images' embeddings their mean over these images is subtracted, and from the means of patches, for
-    every K, the mean over these images of the largest bags.
+    embedded: {K: [N, dim]} as from `bags.embed_bags`, K = 0 being the whole image. Columns: image, k, patches ("own" or
+    "another image's"), centred, cosine, error = |mean of K - whole| / |whole|. Centred: from the whole images'
+    embeddings their mean is subtracted, and from the means of patches, for every K, the mean of the largest bags.
     """
     whole, ks = embedded[0].double(), sorted(set(embedded) - {0})
     limit, own = embedded[ks[-1]].double().mean(dim=0), torch.arange(len(whole))
@@ -97,18 +96,17 @@ def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
             mean = embedded[k].double() - (limit if centred else 0)
             for name, index in (("own", own), ("another image's", another(len(whole), seed))):
                 error = (mean[index] - target).norm(dim=1) / target.norm(dim=1)
-                values = {"cosine": F.cosine_similarity(mean[index], target).numpy(), "error": error.numpy()}
-                row = {"image": own.numpy(), "k": k, "patches": name, "centred": centred}
-                frames.append(pd.DataFrame({**row, **values}))
+                frames.append(pd.DataFrame({
+                    "image": own.numpy(), "k": k, "patches": name, "centred": centred,
+                    "cosine": F.cosine_similarity(mean[index], target).numpy(), "error": error.numpy()}))  # fmt: skip
     return pd.concat(frames, ignore_index=True)
 
 
 def sampling_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
     """Each K whose double is there too, and the squared distance [N, len(K)] of the mean of K to its limit.
 
-    Bags are nested: the mean of 2K lies halfway between those of the first K and of the next, disjoint K.
-    Half of their squared distance is, in expectation, that of either to the limit: for independent patches,
-    variance / K.
+    Bags are nested: the mean of 2K lies halfway between those of the first K and of the next, disjoint K. Half of their
+    squared distance is, in expectation, that of either to the limit: for independent patches, variance / K.
     """
     ks = [k for k in sorted(set(embedded) - {0}) if 2 * k in embedded]
     if len(ks) < 2:
@@ -132,9 +130,8 @@ def exponent(ks: Sequence[int], squared: np.ndarray, seed: int = 0) -> Estimate:
 def levelling(embedded: Mapping[int, Tensor], seed: int = 0) -> tuple[Estimate, Estimate]:
     """a and b in mean `whole_error` = a + b / K: what stays, and what more patches take away.
 
-    Patches are drawn independently, so this form is exact, and nothing is fitted: b, the variance of one
-    patch, is the mean over K of K x `sampling_error`, and a the mean over K of what b / K leaves of
-    `whole_error`.
+    Patches are drawn independently, so this form is exact, and nothing is fitted: b, the variance of one patch, is the
+    mean over K of K x `sampling_error`, and a the mean over K of what b / K leaves of `whole_error`.
     """
     halves, limit = sampling_error(embedded)
     ks, whole = whole_error(embedded)
@@ -153,8 +150,7 @@ def position(features: Tensor, boxes: Tensor, seed: int = 0) -> Ratio:
     "variance_weighted". The strength is chosen on training images other than those it is fitted to.
     """
     centres = (boxes[..., :2] + boxes[..., 2:] / 2).double()
-    order = torch.randperm(features.shape[1], generator=Generator().manual_seed(seed))
-    train, test = order.tensor_split(2)
+    train, test = torch.randperm(features.shape[1], generator=Generator().manual_seed(seed)).tensor_split(2)
     x, x_test = (features[:, half].flatten(0, 1).double().numpy() for half in (train, test))
     folds = GroupKFold(min(5, len(train))).split(x, groups=train.repeat(len(features)).numpy())
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 7, 9), cv=list(folds)))
@@ -260,8 +256,7 @@ def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int], seed: int = 0)
 def sensitivity(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
     """How far a change moves features: mean of 1 - cosine with their own, over that with another image's.
 
-    before, after [K, N, dim]; the mean of `before` is subtracted from both. 0: invariant; 1: as far as
-    unrelated.
+    before, after [K, N, dim]; the mean of `before` is subtracted from both. 0: invariant; 1: as far as unrelated.
     """
     mean = before.mean(dim=(0, 1))
     before, after = before - mean, after - mean
@@ -273,8 +268,8 @@ def sensitivity(before: Tensor, after: Tensor, seed: int = 0) -> Ratio:
 def whitened(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Both [K, N, dim], less the mean of `before`, in axes along which `before` has the variance 1.
 
-    A cosine listens to the axes of largest variance, and a space that spreads its variance more evenly seems
-    the more sensitive. Here every axis counts the same, as it does for a linear probe.
+    A cosine listens to the axes of largest variance, and a space that spreads its variance more evenly seems the more
+    sensitive. Here every axis counts the same, as it does for a linear probe.
     """
     flat = before.flatten(0, 1).double()
     variance, axes = torch.linalg.eigh(torch.cov(flat.T))
@@ -291,8 +286,7 @@ def measures(encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: T
     `changes` with " sensitivity" and " sensitivity, whitened". A bag is the mean over the `count` patches; for
     neighbours, where each needs another of its image, over each half of them. The rest as in `bags.embed_bags`.
     """
-    generator = Generator().manual_seed(seed)
-    boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, generator)
+    boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, Generator().manual_seed(seed))
     inner = inner_boxes(count, pixels, scale, shifts, seed)
     found, before = (features(encoder, projector, pixels, each, size, **options) for each in (boxes, inner))
     table: dict[tuple[str, str, str], Ratio] = {}
