@@ -107,8 +107,7 @@ def data_check(arguments: argparse.Namespace) -> None:
     from bagssl import data
 
     fingerprints = data.check(arguments.name)
-    print(f"{arguments.name}: as it was written")
-    print(table([*fingerprints.items()]))
+    print(f"{arguments.name}: as it was written", table([*fingerprints.items()]), sep="\n")
 
 
 def pretrain(arguments: argparse.Namespace) -> None:

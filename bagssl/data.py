@@ -29,14 +29,13 @@ FORMAT = "bagssl-images-1"
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 
 CIFAR100 = """
-    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
-    can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
-    dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
-    lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
-    pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
-    seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper
-    table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf
-    woman worm"""
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm"""
 
 CIFAR = {  # name: classes in the published (alphabetical) order, images of each class in train and test
     "cifar10": (tuple(CIFAR10.split()), {"train": 5000, "test": 1000}),
@@ -138,11 +137,8 @@ def names(root: Path | None = None) -> list[str]:
 
 
 def status(root: Path | None = None) -> list[dict]:
-    """A row for each of `names`: name, state (embedded, ready, damaged, absent), train and test (counts of
-    images), classes (count), size (pixels, "32×32") and source.
-
-    Only the headers of caches are read: `check` reads the rest.
-    """
+    """A row for each of `names`: name, state (embedded, ready, damaged, absent), train and test (counts of images),
+    classes (count), size (pixels, "32×32") and source. Only the headers of caches are read: `check` reads the rest."""
     return [{"name": name, **_about(name, root)} for name in names(root)]
 
 

@@ -58,12 +58,11 @@ def get(name: str, root: Path | None = None, force: bool = False) -> str:
 def add(name: str, path: Path | str, size: int | None = None, root: Path | None = None, force: bool = False) -> str:
     """Read a class-folder tree, train/<class>/<image> and test/<class>/<image>, into the cache of `name`.
 
-    Images may have any format that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8
-    bits, transparency is laid over white, and the orientation in EXIF is applied. With `size` the centred
-    square is resampled (bicubic, antialiased) to size×size px; without, all images must have one size.
-    cifar10 and cifar100 must be complete. Returns one line that says what was done; the same content twice
-    changes nothing, and other content replaces a sound cache only with `force`. Raises InputError, leaving
-    the cache as it was, on anything that is not so.
+    Images may have any format that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8 bits,
+    transparency is laid over white, and the orientation in EXIF is applied. With `size` the centred square is resampled
+    (bicubic, antialiased) to size×size px; without, all images must have one size. cifar10 and cifar100 must be
+    complete. Returns one line that says what was done; the same content twice changes nothing, and other content
+    replaces a sound cache only with `force`. Raises InputError, leaving the cache as it was, on what is not so.
     """
     if name in EMBEDDED:
         raise refusal(f"the name {name} belongs to embedded data: choose another")

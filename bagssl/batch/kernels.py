@@ -128,7 +128,8 @@ class Kernels:
             until = time.monotonic() + grace
             while time.monotonic() < until and any(worker in self.live for worker in workers):
                 time.sleep(0.05)
-        for process in [*(each for each in kernels if each.is_running()), *(each for each in workers if each in self.live)]:
+        for process in [*(kernel for kernel in kernels if kernel.is_running()),
+                        *(worker for worker in workers if worker in self.live)]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # each leads a process group of its own
 

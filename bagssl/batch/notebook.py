@@ -24,8 +24,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
 
     try:
         executed = papermill.execute_notebook(
-            notebook, target, parameters=parameters, cwd=notebook.parent,
-            kernel_name="python3", language="python",
+            notebook, target, parameters=parameters, cwd=notebook.parent, kernel_name="python3", language="python",
             progress_bar={"file": sys.stdout, "mininterval": 0, "bar_format": "cell {n_fmt}/{total_fmt}\n"},
             stdout_file=sys.stdout, stderr_file=sys.stdout)
     except papermill.PapermillExecutionError as error:

@@ -63,10 +63,9 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
                 shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
             datasets.append({**entry, "caveat": claims.CLAIMS[claim].caveat, "experiment": entry["table"].split("/")[0],
                              "rows": shown, "strip": claims.strip(claim, entry, rows)})  # fmt: skip
-        verdicts = set(entries["verdict"])
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)
         cards.append({"claim": claim, "statement": entries["statement"].iloc[0], "datasets": datasets,
-                      "verdict": next(each for each in order if each in verdicts)})  # fmt: skip
+                      "verdict": min(entries["verdict"], key=order.index)})  # fmt: skip
     experiments = [_experiment(folder) for folder in claims.experiment_folders(root, name)]
     decided = {(row.claim, row.dataset): row.verdict for row in ledger.itertuples()}
     for each in experiments:
@@ -91,8 +90,8 @@ def _experiment(folder: Path) -> dict[str, Any]:
     dataset = next(iter(provenance.get("data") or {}), "")
     artefact = folder.name.removesuffix(f"-{dataset}")
     shown = [path for path in sorted(folder.glob("tables/*.md")) if not path.stem.startswith("claim_c")]
-    images = [{**_embedded(path), **_about(path, story, ("png", "pdf"))} for path in sorted(folder.glob("figures/*.png"))]
-    tables = [{**_table(path, dataset, artefact), **_about(path, story, ("csv", "md", "tex"))} for path in shown]
+    images = [_embedded(path) | _about(path, story, ("png", "pdf")) for path in sorted(folder.glob("figures/*.png"))]
+    tables = [_table(path, dataset, artefact) | _about(path, story, ("csv", "md", "tex")) for path in shown]
     spoken = {each["caption"] for each in images}
     for each in tables:  # what is said below the figure of the same cell is not said again
         each["caption"] = "" if each["caption"] in spoken else each["caption"]

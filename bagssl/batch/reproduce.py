@@ -155,8 +155,7 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
         os.replace(partial, failed)
         return outcome
     (partial / "log.txt").unlink()
-    provenance |= {"end": iso_time(time.time()), "seconds": round(seconds, 1)}
-    write_record(partial / "provenance.json", provenance)
+    write_record(partial / "provenance.json", provenance | {"end": iso_time(time.time()), "seconds": round(seconds, 1)})
     record = {"state": "done", "key": stage.key, "data": stage.data, "files": hashes(partial)}
     write_record(partial / "status.json", record)
     if stage.folder.exists():  # at no moment are both the old and the new results gone

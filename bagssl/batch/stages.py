@@ -55,11 +55,10 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
     Without `fetch`, data that is absent counts as what it was when the results were made.
     """
     parameters = resolve(experiment, profile, overrides or {})
-    known = notebook_parameters(experiment.notebook)
+    settings = {name: default for name, (default, _) in notebook_parameters(experiment.notebook).items()} | parameters
     folder = Path(results or results_root()) / profile / experiment.name
-    dataset = parameters.get("dataset", known.get("dataset", (None, ""))[0])
     fingerprints: dict[str, str] = {}
-    if dataset is not None:
+    if (dataset := settings.get("dataset")) is not None:
         try:
             if fetch:
                 _ensure_data(dataset)
@@ -68,12 +67,8 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
             if fetch:
                 raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
             fingerprints[dataset] = (read_record(folder / "status.json").get("data") or {}).get(dataset, "")
-    everything = {
-        "parameters": {**{name: default for name, (default, _) in known.items()}, **parameters},
-        "notebook": [[cell["cell_type"], "".join(cell["source"])] for cell in notebook_cells(experiment.notebook)],
-        "package": package_hash(),
-        "data": fingerprints,
-    }
+    cells = [[cell["cell_type"], "".join(cell["source"])] for cell in notebook_cells(experiment.notebook)]
+    everything = {"parameters": settings, "notebook": cells, "package": package_hash(), "data": fingerprints}
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
     return Stage(experiment, profile, parameters, fingerprints, key, folder)
 
