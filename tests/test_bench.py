@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.resnet import conv3x3
 
 from bagssl import bench, cli
-from bagssl.bench.embedding import probing
+from bagssl.bench.embedding import _peak, probing
 from bagssl.bench.race import ROUNDS, Machine, compared, exponent, race, time
 from bagssl.bench.training import native_size, training
 from bagssl.encoders import build_encoder
@@ -67,6 +67,11 @@ def test_memory_is_what_the_work_adds():
     if not before:
         pytest.skip("this system does not tell a peak from a moment on")
     assert 120 < work < 160 and nothing < 20
+
+
+@pytest.mark.parametrize("name", ["training, steps", "embedding, K"])
+def test_a_process_of_its_own_says_what_its_work_adds(name):
+    assert _peak(Machine("synthetic", quick=True), name, 4) > 0
 
 
 def test_a_ratio_is_the_median_over_rounds_with_its_spread():
