@@ -11,10 +11,7 @@ from bagssl.errors import InputError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training patches are cut and coloured. Raises InputError for a value without sense.
-
-    With a grid, the views of an image are different cells of it, drawn without replacement.
-    """
+    """How training patches are cut and coloured. Raises InputError for a value without sense."""
 
     scale: tuple[float, float]  # range of the box's share of the image's area; equal ends are one fixed scale
     ratio: tuple[float, float]  # range of its width / height; (1, 1) for patches, (3/4, 4/3) for multi-scale crops
@@ -28,7 +25,7 @@ class Augmentation:
     grey: float = 0.0  # probability
     blur: float = 0.0  # probability
     solarise: float = 0.0  # probability
-    grid: int = 0  # or the pixels of which the offsets of patches of one fixed scale are multiples
+    grid: int = 0  # or the pixels of which all offsets are multiples; views are then different cells (`draw_cells`)
 
     def __post_init__(self):
         for name in ("scale", "ratio"):

@@ -1,11 +1,9 @@
 """Cutting patches from images: what is drawn (`draw`, small tensors from a seed) apart from what is done (`apply`).
 
-Everything is batched, on the device of the pixels, from an explicit generator. The boxes have the distribution of
-torchvision's RandomResizedCrop, and its crops agree with ours to 1e-5. A slice of the draws gives the same slice of the
-patches, to the bit.
-
-Nothing loops over images or waits for the device. A patch in its own pixels is a gather; a resize is linear and
-separable, hence two batched products with matrices of weights.
+Everything is batched, on the device of the pixels, from an explicit generator; nothing loops over images or waits for
+the device. A patch in its own pixels is a gather; a resize is linear and separable, hence two batched products with
+matrices of weights. The boxes have the distribution of torchvision's RandomResizedCrop, and its crops agree with ours
+to 1e-5. A slice of the draws gives the same slice of the patches, to the bit.
 """
 
 import contextlib

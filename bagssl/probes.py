@@ -231,9 +231,8 @@ def _solver(x: Tensor, y: Tensor, classes: int) -> Callable[[float, Tensor | Non
             point.grad = gradient * scale
             return value
 
-        descent = torch.optim.LBFGS(
-            [point], max_iter=500, max_eval=1000, history_size=20, line_search_fn="strong_wolfe",
-            tolerance_grad=tolerance, tolerance_change=tolerance**2)  # fmt: skip
+        descent = torch.optim.LBFGS([point], max_iter=500, max_eval=1000, history_size=20, tolerance_grad=tolerance,
+                                    tolerance_change=tolerance**2, line_search_fn="strong_wolfe")
         descent.step(loss)
         loss()  # the line search may have ended with another point's gradient
         last = {"gradient": point.grad.abs().max().item(), "evaluations": descent.state[point]["func_evals"]}

@@ -42,10 +42,7 @@ def evidence_maps(terms: Tensor, boxes: Tensor, height: int, width: int) -> Tens
 
 
 def by_evidence(terms: Tensor, classes: Tensor) -> Tensor:
-    """The patches of each image, strongest evidence for its class in `classes` (int64 [images]) first.
-
-    Returns places int64 [patches, images].
-    """
+    """Places int64 [patches, images] of the patches, strongest evidence for each image's class in `classes` first."""
     chosen = classes[None, :, None].expand(len(terms), -1, 1)
     return terms.gather(2, chosen)[..., 0].argsort(dim=0, descending=True, stable=True)
 
@@ -95,5 +92,4 @@ def part_evidence(terms: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
     """
     gram = torch.einsum("knp,knq->npq", shares, shares)
     cross = torch.einsum("knp,knc->npc", shares, len(terms) * terms)
-    both = (torch.einsum("...n,npq->...pq", weights, matrix) for matrix in (gram, cross))
-    return torch.linalg.solve(*both)
+    return torch.linalg.solve(*(torch.einsum("...n,npq->...pq", weights, matrix) for matrix in (gram, cross)))

@@ -241,9 +241,8 @@ def strip(claim: str, entry: Mapping[str, Any], rows: pd.DataFrame) -> dict[str,
     def place(value: float) -> float:
         return round(4 + 92 * (value - low) / ((high - low) or 1), 2)
 
-    lines = [{"low": place(row["low"]), "high": place(row["high"]), "value": place(row["value"]),
-              "state": row["state"], "label": f"{row['setting']}: {text(row)}"}
-             for row in rows.to_dict("records")]  # fmt: skip
+    lines = [{**{name: place(row[name]) for name in NUMBERS}, "state": row["state"],
+              "label": f"{row['setting']}: {text(row)}"} for row in rows.to_dict("records")]  # fmt: skip
     edge = place(threshold)
     right = (edge, 100 - edge) if rule.below is None else (0, edge)  # where an interval should be: start, width
     return {"lines": lines, "threshold": edge, "right": right, "label": f"{threshold:g} {rule.unit}".rstrip()}

@@ -52,10 +52,7 @@ def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any)
 
 def measure_all(trained: Sequence[Run], train: Images, test: Images, ks: Sequence[int],
                 **protocol: Any) -> pd.DataFrame:
-    """One row per run, K, probe and feature, as from `evaluate`, with the arm, seed and crops it belongs to.
-
-    protocol: as of `evaluate`.
-    """
+    """One row per run, K, probe and feature, as from `evaluate` by its `protocol`, with its arm, seed and crops."""
     rows = []
     for run in trained:
         config = run.config
@@ -153,8 +150,7 @@ def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
         "dataset": dataset,
         "setting": rows["objective"] + ", " + rows["probe"] + rows["first"].str.removeprefix("patch-based"),
         "measure": [f"patch-based bag over multi-scale {other}" for other in against],
-        "value": rows["points"], "low": rows["low"], "high": rows["high"], "unit": "points",
-    })  # fmt: skip
+        "value": rows["points"], "low": rows["low"], "high": rows["high"], "unit": "points"})  # fmt: skip
 
 
 def sentences(reading: pd.DataFrame) -> str:

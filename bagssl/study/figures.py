@@ -379,9 +379,8 @@ def gallery(pixels: Tensor, boxes: Tensor | None, names: Sequence[Sequence[str]]
     are compared; names [rows][columns] stand above the images, in bold where a neighbour's is the query's.
     """
     rows, columns = pixels.shape[:2]
-    widths = [1, 0.15, *[1] * (columns - 1)]  # a gap after the query
-    size = (7, 0.32 + rows * 8 / (columns + 0.5))
-    figure, axes = plt.subplots(rows, columns + 1, figsize=size, width_ratios=widths, squeeze=False)
+    figure, axes = plt.subplots(rows, columns + 1, figsize=(7, 0.32 + rows * 8 / (columns + 0.5)), squeeze=False,
+                                width_ratios=[1, 0.15, *[1] * (columns - 1)])  # a gap after the query
     for row in range(rows):
         axes[row, 1].set_axis_off()
         for column, axis in enumerate(axes[row, [0, *range(2, columns + 1)]]):

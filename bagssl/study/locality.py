@@ -223,8 +223,7 @@ def inner_boxes(count: int, pixels: Tensor, scale: float, shifts: Sequence[int],
     height, width = height - 2 * margin, width - 2 * margin
     if min(height, width) < side:
         raise InputError(f"a patch of {side} px has no room to move by {margin} px in these images")
-    generator = Generator().manual_seed(seed)
-    boxes = patches.evaluation_boxes(count, n, height, width, side**2 / (height * width), generator)
+    boxes = patches.evaluation_boxes(count, n, height, width, side**2 / (height * width), Generator().manual_seed(seed))
     return boxes + torch.tensor([margin, margin, 0, 0])
 
 
@@ -245,8 +244,8 @@ def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int], seed: int = 0)
                         for part in torch.arange(n).split(256)])
     mirrored = boxes.clone()
     mirrored[..., 1] = width - boxes[..., 1] - boxes[..., 3]
-    moved = {f"shift {d} px": (pixels, torch.cat([corner + d * steps, side], dim=2)) for d in shifts}
-    return moved | {
+    return {
+        **{f"shift {d} px": (pixels, torch.cat([corner + d * steps, side], dim=2)) for d in shifts},
         "scale": (pixels, torch.cat([corner + (side - scaled) // 2, scaled], dim=2)),
         "colour": ((tinted * 255).round().byte(), boxes),
         "flip": (pixels.flip(3), mirrored),
