@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -147,7 +146,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         texts = [[escape(text) for text in row] for row in _texts(self.frame)]
-        head, *rows = [[Markup(_BOLD.sub(r"<strong>\1</strong>", text)) for text in row] for row in texts]
+        head, *rows = [[_BOLD.sub(r"<strong>\1</strong>", text) for text in row] for row in texts]
         return render("table.html.j2", head=head, rows=rows)
 
 
