@@ -5,10 +5,8 @@ from collections.abc import Sequence
 
 
 class _OneLine(Exception):
-    """The message says all that the reader needs."""
-
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows in the place of a traceback."""
+        """What IPython shows in the place of a traceback: the message says all that the reader needs."""
         return [f"{type(self).__name__}: {self}"]
 
 

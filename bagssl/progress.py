@@ -9,8 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-_NOTHING = {"text/plain": "", "text/html": ""}
-
 
 @contextmanager
 def progress_bar(total: int, done: int, label: str, enabled: bool = True) -> Iterator[Callable[[int, str], None]]:
@@ -38,12 +36,9 @@ def notice(text: str) -> Iterator[None]:
         print(text, file=sys.stderr, flush=True)
         yield
         return
-    handle = _display({"text/plain": text, "text/html": f"<code>{text}</code>"})
-    _show_in_terminal(text)
-    try:
+    with _displayed({"text/plain": text, "text/html": f"<code>{text}</code>"}):
+        _show_in_terminal(text)
         yield
-    finally:
-        handle.update(_NOTHING, raw=True)
 
 
 def in_notebook() -> bool:
@@ -60,7 +55,6 @@ def _in_notebook(total: int, already: int, label: str) -> Iterator[Callable[[int
         bar = f'<progress value="{share:.3f}" max="1"></progress>'
         return {"text/plain": text, "text/html": f"{bar} <code>{text}</code>"}
 
-    handle = _display(line(already, ""))
     shown = started = time.monotonic()
 
     def update(done: int, note: str = "") -> None:
@@ -73,15 +67,18 @@ def _in_notebook(total: int, already: int, label: str) -> Iterator[Callable[[int
             handle.update(content, raw=True)
             _show_in_terminal(content["text/plain"])
 
-    try:
+    with _displayed(line(already, "")) as handle:
         yield update
+
+
+@contextmanager
+def _displayed(content: dict[str, str]) -> Iterator:
+    """Show content that goes at the end; a handle to change it. By the kernel's IPython, never imported for this."""
+    handle = sys.modules["IPython.display"].display(content, raw=True, display_id=True)
+    try:
+        yield handle
     finally:
-        handle.update(_NOTHING, raw=True)  # a finished bar says nothing
-
-
-def _display(content: dict[str, str]):
-    """Show content, and give a handle to change it: by the kernel's own IPython, which is never imported for this."""
-    return sys.modules["IPython.display"].display(content, raw=True, display_id=True)
+        handle.update({"text/plain": "", "text/html": ""}, raw=True)
 
 
 def _show_in_terminal(text: str) -> None:
