@@ -34,6 +34,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from bagssl.errors import InputError, Stopped
 from bagssl.paths import cores, home, runs_root, write_atomically
@@ -130,9 +132,6 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors of encoder and projector, by name. Raises InputError when the file is not the one written."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
             return load(self._sound_weights())
         except SafetensorError as error:
@@ -294,20 +293,17 @@ def load_checkpoint(run: Run, device: torch.device, names: Collection[str] = ())
 
 def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metrics: dict, record: dict) -> None:
     """Write what a finished run holds, `record` as its provenance; the mark goes last."""
-    from safetensors.torch import save
-
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    with write_atomically(run.path / "weights.safetensors") as path:
-        path.write_bytes(content)
+    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(history[0]) if history else ["step"])
     writer.writeheader()
     writer.writerows(history)
-    with write_atomically(run.path / "history.csv") as path:
-        path.write_bytes(table.getvalue().encode())
+    rows = table.getvalue().encode()
+    for name, content in (("weights.safetensors", weights), ("history.csv", rows)):
+        with write_atomically(run.path / name) as path:
+            path.write_bytes(content)
     write_json(run.path / "provenance.json", record)
-    hashes = {"weights_sha256": _digest(content), "history_sha256": _digest(table.getvalue().encode())}
-    write_json(run.path / _MARK, {**metrics, **hashes})
+    write_json(run.path / _MARK, {**metrics, "weights_sha256": _digest(weights), "history_sha256": _digest(rows)})
     drop_checkpoint(run)
 
 
@@ -359,10 +355,8 @@ def provenance() -> dict[str, Any]:
     """What made a result: commit and whether the checkout was changed, versions, hardware, time (UTC)."""
     commit, dirty = _commit()
     versions = {name: _version(name) for name in ("bagssl", "torch", "torchvision", "lightly", "numpy")}
-    return {
-        "commit": commit, "dirty": dirty, "versions": {"python": platform.python_version(), **versions},
-        "hardware": hardware(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    return {"commit": commit, "dirty": dirty, "versions": {"python": platform.python_version(), **versions},
+            "hardware": hardware(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
 
 
 def hardware() -> dict[str, Any]:
@@ -397,10 +391,8 @@ def _commit() -> tuple[str | None, bool | None]:
         command = ["git", "-C", str(home()), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
-    if not (home() / "bagssl" / Path(__file__).name).exists():  # installed: the working folder is not our checkout
-        return None, None
-    try:
-        # results are what is being made: they do not count as a change of the code
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!results"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (home() / "bagssl" / Path(__file__).name).exists():  # else, installed, the working folder is not ours
+            # results are what is being made: they do not count as a change of the code
+            return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!results"))
+    return None, None
