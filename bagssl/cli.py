@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from bagssl import __version__
@@ -111,8 +112,6 @@ def data_check(arguments: argparse.Namespace) -> None:
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
-    from dataclasses import fields
-
     from bagssl import data, pretraining
     from bagssl.config import PretrainConfig
     from bagssl.parameters import conform

@@ -83,8 +83,7 @@ EMBEDDED = {"synthetic": lambda split: (*synthetic.draw(split)[:2], synthetic.CL
 
 def fingerprint(pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
     """SHA-256, in hex, over shape, classes, pixels and labels."""
-    header = {"shape": list(pixels.shape), "classes": list(classes)}
-    digest = hashlib.sha256(json.dumps(header).encode())
+    digest = hashlib.sha256(json.dumps({"shape": list(pixels.shape), "classes": list(classes)}).encode())
     digest.update(pixels.cpu().contiguous().numpy())
     digest.update(labels.cpu().contiguous().numpy().astype("<i8"))
     return digest.hexdigest()

@@ -143,11 +143,8 @@ def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, t
     """Read every file: {split: (pixels uint8 [N, 3, H, W], labels int64 [N])}."""
     paths = [path for split in SPLITS for inside in files[split] for path in inside]
     pixels: np.ndarray | None = None
-    with (
-        warnings.catch_warnings(),
-        ThreadPool(min(8, cores())) as pool,  # Pillow decodes outside the interpreter's lock
-        tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar,
-    ):
+    with (warnings.catch_warnings(), tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar,
+          ThreadPool(min(8, cores())) as pool):  # Pillow decodes outside the interpreter's lock
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # of odd EXIF data
         wrong: list[tuple[Path, InputError]] = []

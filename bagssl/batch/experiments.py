@@ -47,11 +47,10 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
         raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
 
-    def section(value: Any, where: str, required: set[str]) -> dict:
+    def check(value: Any, where: str, required: set[str]) -> None:
         if not isinstance(value, dict) or set(value) != required:
             found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
             raise InputError(f"{path}: {where} needs exactly {', '.join(sorted(required))}; found {found}")
-        return value
 
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path}: expected a mapping from experiment to its entry")
@@ -59,7 +58,7 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
     for name, entry in entries.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", str(name)):
             raise InputError(f"{path}: {name!r} is no experiment name; use small letters, digits and '-'")
-        section(entry, name, {"artefact", "notebook", "profiles"})
+        check(entry, name, {"artefact", "notebook", "profiles"})
         if not isinstance(entry["profiles"], dict) or not entry["profiles"]:
             raise InputError(f"{path}: {name}: profiles must map a profile to its cost and parameters")
         if not os.path.isfile(folder / str(entry["notebook"])):  # False for whatever is no name of a file, too
@@ -68,7 +67,7 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
         for profile, value in entry["profiles"].items():
             if profile not in PROFILES:
                 raise InputError(f"{path}: {name}: unknown profile {profile!r}; known: {', '.join(PROFILES)}")
-            section(value, f"{name}: {profile}", {"cost", "parameters"})
+            check(value, f"{name}: {profile}", {"cost", "parameters"})
             if not isinstance(value["parameters"], dict):
                 raise InputError(f"{path}: {name}: {profile}: parameters must be a mapping, {{}} for none")
             profiles[profile] = Profile(str(value["cost"]), value["parameters"])

@@ -68,11 +68,9 @@ class Kernels:
         """
         error, progress = target.with_name("error.json"), target.with_name("progress.txt")
         package = str(Path(__file__).resolve().parents[2])
-        environment = {
-            **{name: value for name, value in os.environ.items() if name not in _OURS},
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-            "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()), **environment,
-        }  # fmt: skip
+        environment = {**{name: value for name, value in os.environ.items() if name not in _OURS},
+                       "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+                       "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()), **environment}  # fmt: skip
         with self.lock:
             if self.stopping:
                 return {"ename": "KeyboardInterrupt", "evalue": "not started"}

@@ -63,9 +63,8 @@ def normalise_notebook(path: Path) -> None:
         cell.id = name if seen[name] == 1 else f"{name}-{seen[name]}"
         if cell.cell_type != "code":
             continue
-        executed = cell.execution_count is not None
-        count += executed
-        cell.execution_count = count if executed else None
+        if cell.execution_count is not None:
+            cell.execution_count = count = count + 1
         outputs = []
         for output in cell.outputs:
             if output.output_type == "display_data" and output.data.get("text/plain") == "":
@@ -119,8 +118,7 @@ def _main() -> int:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     sys.modules["rfc3987_syntax"] = None  # jsonschema's optional grammar: two seconds to load, for nothing
-    error = _execute(notebook, target, parameters)
-    if error:
+    if error := _execute(notebook, target, parameters):
         write_record(target.with_name("error.json"), error)
     return 1 if error else 0
 

@@ -99,13 +99,11 @@ def _experiment(folder: Path) -> dict[str, Any]:
         each.sort(key=lambda item: item["place"])
     lines = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1))
              for name, value in provenance.items()]  # fmt: skip
-    return {
-        "name": folder.name, "dataset": dataset, "notebook": str(provenance.get("notebook", "")), "provenance": lines,
-        "hardware": claims.hardware(folder), "title": story["title"] or folder.name, "figures": images,
-        "tables": tables, "claim": _inline(story["claim"]), "says": _html(story["says"]),
-        "files": {suffix: f"{folder.name}/{folder.name}.{suffix}" for suffix in ("html", "ipynb")
-                  if (folder / f"{folder.name}.{suffix}").exists()},
-    }  # fmt: skip
+    files = {suffix: f"{folder.name}/{folder.name}.{suffix}" for suffix in ("html", "ipynb")
+             if (folder / f"{folder.name}.{suffix}").exists()}
+    return {"name": folder.name, "dataset": dataset, "notebook": str(provenance.get("notebook", "")), "files": files,
+            "provenance": lines, "hardware": claims.hardware(folder), "figures": images, "tables": tables,
+            "title": story["title"] or folder.name, "claim": _inline(story["claim"]), "says": _html(story["says"])}
 
 
 def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ figures/ into; BAGSSL_PROGRESS, a file whose text the terminal shows; and with a
 time by which to raise `errors.Stopped`.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -114,19 +115,12 @@ def _run_stage(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
     lock, waiting = FileLock(stage.beside("lock")), False
     while not kernels.stopping:
-        try:
-            lock.acquire(timeout=0.2)
-            break
-        except Timeout:  # its results will then be fresh
-            if not waiting:
-                say("another process executes it: waiting for that")
-            waiting = True
-    try:
-        if kernels.stopping:
-            return Outcome(130, "not started")
-        return _run_locked(stage, fresh, deadline, kernels, say)
-    finally:
-        lock.release()
+        with contextlib.suppress(Timeout), lock.acquire(timeout=0.2):
+            return _run_locked(stage, fresh, deadline, kernels, say)
+        if not waiting:
+            say("another process executes it: waiting for that")  # its results will then be fresh
+        waiting = True
+    return Outcome(130, "not started")
 
 
 def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable) -> Outcome:

@@ -144,12 +144,10 @@ def stage_provenance(stage: Stage) -> dict[str, Any]:
 
     record, experiment = provenance(), stage.experiment
     del record["hardware"]["threads"]  # this process's: the kernel's own are in its notebook and its models' records
-    return {
-        "experiment": experiment.name, "profile": stage.profile, "notebook": experiment.notebook.name,
-        "parameters": stage.parameters, "data": stage.data, "key": stage.key,
-        "commit": record["commit"], "dirty": record["dirty"], "hardware": record["hardware"],
-        "versions": {**record["versions"], "papermill": version("papermill")}, "start": iso_time(time.time()),
-    }  # fmt: skip
+    return {"experiment": experiment.name, "profile": stage.profile, "notebook": experiment.notebook.name,
+            "parameters": stage.parameters, "data": stage.data, "key": stage.key,
+            "commit": record["commit"], "dirty": record["dirty"], "hardware": record["hardware"],
+            "versions": {**record["versions"], "papermill": version("papermill")}, "start": iso_time(time.time())}
 
 
 def iso_time(seconds: float) -> str:
