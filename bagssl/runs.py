@@ -50,8 +50,7 @@ _AGAIN = "delete the folder to train the run again"
 
 def run_key(config: dict[str, Any], fingerprint: str) -> str:
     """The key of a run: SHA-256 over recipe version, configuration and data, shortened to 16 hexadecimal digits."""
-    identity = {"recipe": RECIPE, "config": config, "data": fingerprint}
-    return _digest(json.dumps(identity, sort_keys=True).encode())[:16]
+    return _digest(json.dumps({"recipe": RECIPE, "config": config, "data": fingerprint}, sort_keys=True).encode())[:16]
 
 
 @dataclass(frozen=True, repr=False)
@@ -223,8 +222,7 @@ def _loss_curve(history: list[dict[str, float]], width: int = 160, height: int =
 
 def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | None = None) -> Run:
     """The run of `config` on the data with `fingerprint`; its folder is made, `label` leads its name."""
-    key = run_key(config, fingerprint)
-    run = Run((root or runs_root()) / f"{label}-{key}")
+    run = Run((root or runs_root()) / f"{label}-{run_key(config, fingerprint)}")
     path, content = run.path / "config.json", {"recipe": RECIPE, "config": config, "data": fingerprint}
     if _known(lambda: read_json(path)) != content:  # the folder's key says that nothing else can have stood there
         write_json(path, content)

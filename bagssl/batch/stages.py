@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,6 @@ def write_record(path: Path, content: Mapping) -> None:
 
 def stage_provenance(stage: Stage) -> dict[str, Any]:
     """What a stage is about to be made from, by, and on, for provenance.json."""
-    from importlib.metadata import version
-
     from bagssl.runs import provenance
 
     record, experiment = provenance(), stage.experiment
