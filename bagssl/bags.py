@@ -98,10 +98,10 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None,
-             crops: int = 0) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
+             total: int = 0) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
     """The function crops [M, 3, s, s] -> float32 [M, dim], the device it works on, and crops per batch.
 
-    crops: how many are to be embedded by it.
+    total: how many crops are to be embedded by it.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
         raise InputError(
@@ -117,7 +117,7 @@ def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | No
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # but for the last batch, one shape
     plain = copy.deepcopy(encoder).eval().to(device, memory_format=torch.channels_last)
-    compiled = device.type == "cuda" and crops >= COMPILE_FROM
+    compiled = device.type == "cuda" and total >= COMPILE_FROM
     network = None
 
     @torch.inference_mode()

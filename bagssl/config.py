@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from bagssl.augmentation import Augmentation
 from bagssl.encoders import BLOCKS
-from bagssl.errors import InputError, check_choice, nearest
-from bagssl.objectives import OBJECTIVES
+from bagssl.errors import InputError, check_choice
+from bagssl.objectives import OBJECTIVES, TARGETS
 
 TRAININGS = ("patch-based", "multi-scale", "untrained")
 OPTIMISERS = ("sgd", "lars", "adamw")
@@ -18,7 +18,7 @@ OPTIMISERS = ("sgd", "lars", "adamw")
 TRAINED = {"training": TRAININGS[:2]}
 PATCH_BASED, MULTI_SCALE = {"training": ["patch-based"]}, {"training": ["multi-scale"]}
 LARS = {**TRAINED, "optimiser": ["lars"]}
-TARGETED = {**TRAINED, "objective": [name for name, loss in OBJECTIVES.items() if loss.needs_target]}
+TARGETED = {**TRAINED, "objective": TARGETS}
 
 
 def setting(default: Any, low: float | None = None, high: float | None = None, *,
@@ -81,8 +81,7 @@ class PretrainConfig:
     options: Mapping[str, float] = setting(dict)  # the objective's own numbers, by name
     lars_trust: float = setting(0.02, 1e-6, 1e3, only=LARS, later=True)
     lars_clip: bool = setting(False, only=LARS, later=True)  # a tensor's rate is at most learning_rate
-    # px: a patch's offsets are multiples of it, views differ; 0: anywhere
-    grid: int = setting(0, 0, 1024, only=PATCH_BASED, later=True)
+    grid: int = setting(0, 0, 1024, only=PATCH_BASED, later=True)  # px, of the offsets; views differ; 0: anywhere
 
     def __post_init__(self):
         for each in fields(self):
@@ -119,10 +118,8 @@ class PretrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from names and values. Raises InputError for a name that does not exist."""
-        names = [each.name for each in fields(cls)]
         for name in values:
-            if name not in names:
-                raise InputError(f"unknown setting {name!r}; {nearest(str(name), names)}")
+            check_choice("setting", name, [each.name for each in fields(cls)])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,9 +142,8 @@ class PretrainConfig:
     @property
     def label(self) -> str:
         """A readable name: it leads the name of the run's folder."""
-        if self.training == "untrained":
-            return f"{self.dataset}-untrained-seed{self.seed}"
-        return f"{self.dataset}-{self.objective}-{self.training}-seed{self.seed}"
+        arm = "untrained" if self.training == "untrained" else f"{self.objective}-{self.training}"
+        return f"{self.dataset}-{arm}-seed{self.seed}"
 
     def augmentation(self) -> Augmentation:
         """The distribution of the training crops."""

@@ -35,7 +35,7 @@ def pick_compiled(name: str, device: torch.device, crops: int) -> str:
     if name == "auto":
         on_cuda = "all+graphs" if crops >= COMPILE_FROM else "graphs"
         name = os.environ.get("BAGSSL_COMPILE") or (on_cuda if device.type == "cuda" else "none")
-    check_choice("part to compile", name, COMPILED)
+    check_choice("BAGSSL_COMPILE", name, COMPILED)
     if "graphs" in name and device.type != "cuda":
-        raise InputError("CUDA graphs need a GPU: compile 'all', or 'none'")
+        raise InputError(f"BAGSSL_COMPILE = {name}: CUDA graphs need a GPU; set it to all, or none")
     return name

@@ -102,10 +102,9 @@ def _measure(run: Run, train: Images, test: Images | float, protocol: dict[str, 
     for feature, k, probe in itertools.product(protocol["features"], protocol["ks"], protocol["probes"]):
         features = bags[feature][k], labels, bags_test[feature][k], labels_test
         result = PROBES[probe](*(tensor.to(device) for tensor in features))
-        rows.append(
-            {"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
-             "high": result.high, "settings": result.settings, "correct": _pack(result.correct)}
-        )  # fmt: skip
+        correct = np.packbits(result.correct.numpy()).tobytes().hex()  # see `unpack_correct`
+        rows.append({"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
+                     "high": result.high, "settings": result.settings, "correct": correct})
     return rows
 
 
@@ -127,31 +126,25 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
 
     No patch is embedded twice for h and z, nor what this process has embedded before.
     """
-    ks, scales = protocol["ks"], protocol["scale"] if isinstance(protocol["scale"], list) else [protocol["scale"]]
-    wanted, found = list(itertools.product(protocol["features"], ks)), {}
-    for scale in scales:
-        def place(feature: str, k: int, scale: float = scale) -> tuple:  # the whole image has no scale
-            where = (protocol["weights"], images.fingerprint, protocol["size"], seed, device, scale if k else 1)
-            return (*where, feature, k)
+    ks, features, scales = protocol["ks"], protocol["features"], protocol["scale"]
+    scales, dim = scales if isinstance(scales, list) else [scales], networks["h"].dim
 
-        if missing := [k for k in ks if any(place(feature, k) not in _recent for feature in protocol["features"])]:
+    def place(scale: float, feature: str, k: int) -> tuple:  # the whole image has no scale
+        where = (protocol["weights"], images.fingerprint, protocol["size"], seed, device, scale if k else 1)
+        return (*where, feature, k)
+
+    for scale in scales:
+        if missing := [k for k in ks if any(place(scale, feature, k) not in _recent for feature in features)]:
             network = _Features(networks["h"], networks.get("z"))
-            bags = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"], seed=seed,
-                              device=device, progress=progress)  # fmt: skip
-            for k, bag in bags.items():
-                dim = networks["h"].dim
-                _recent[place("h", k)] = bag[:, :dim].contiguous()
-                if "z" in networks:
-                    _recent[place("z", k)] = bag[:, dim:].contiguous()
-        found[scale] = {(feature, k): _recent[place(feature, k)] for feature, k in wanted}
+            embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"], seed=seed,
+                                  device=device, progress=progress)  # fmt: skip
+            for (k, bag), feature in itertools.product(embedded.items(), networks):
+                _recent[place(scale, feature, k)] = (bag[:, :dim] if feature == "h" else bag[:, dim:]).contiguous()
+    bags = {feature: {k: torch.cat([_recent[place(scale, feature, k)] for scale in scales], dim=1) for k in ks}
+            for feature in features}  # fmt: skip
     while sum(bag.nbytes for bag in _recent.values()) > RECENT:
         _recent.pop(next(iter(_recent)))
-    return {feature: {k: torch.cat([found[scale][feature, k] for scale in scales], dim=1) for k in ks}
-            for feature in protocol["features"]}  # fmt: skip
-
-
-def _pack(correct: Tensor) -> str:
-    return np.packbits(correct.numpy()).tobytes().hex()
+    return bags
 
 
 def unpack_correct(packed: str, count: int) -> np.ndarray:

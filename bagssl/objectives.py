@@ -2,7 +2,6 @@
 
 Every function takes any number of views V >= 2. Objectives that are defined on two views are averaged over the
 pairs of views. Each returns a dictionary of scalars: `loss`, which is minimised, and the terms that make it up.
-Losses are computed in float32 whatever the precision of z: bf16 Gram matrices break the log-determinant.
 
 `@objective` makes such a function known by its name, and declares its options with their defaults.
 """
@@ -19,23 +18,29 @@ Terms = dict[str, Tensor]
 
 
 class Objective:
-    """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z, too."""
+    """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z as well.
+
+    It is computed in float32 at least, whatever the precision of z: bf16 Gram matrices break the log-determinant.
+    """
 
     def __init__(self, function: Callable[..., Terms], needs_target: bool = False, **options: float):
         functools.update_wrapper(self, function)
         self.function, self.needs_target, self.options = function, needs_target, options
 
     def __call__(self, *z: Tensor, **options: float) -> Terms:
-        return self.function(*z, **{**self.options, **options})
+        return self.function(*map(_at_least_float32, z), **{**self.options, **options})
 
 
 OBJECTIVES: dict[str, Objective] = {}
+TARGETS: set[str] = set()  # the names of those that need one
 
 
-def objective(**declared: float | bool) -> Callable[[Callable[..., Terms]], Objective]:
-    """Put the decorated function into OBJECTIVES, with what it declares: see `Objective`."""
+def objective(needs_target: bool = False, **options: float) -> Callable[[Callable[..., Terms]], Objective]:
+    """Put the decorated function into OBJECTIVES, by its name, with what it declares: see `Objective`."""
     def known(function: Callable[..., Terms]) -> Objective:
-        return OBJECTIVES.setdefault(function.__name__, Objective(function, **declared))
+        (TARGETS.add if needs_target else TARGETS.discard)(function.__name__)
+        OBJECTIVES[function.__name__] = Objective(function, needs_target, **options)
+        return OBJECTIVES[function.__name__]
 
     return known
 
@@ -47,7 +52,7 @@ def coding_rate(z: Tensor, epsilon2: float = 0.2) -> Tensor:
     factors of all views come from one batched call. At least float32.
     """
     batch, dim = z.shape[-2:]
-    z = z if z.dtype == torch.float64 else z.float()
+    z = _at_least_float32(z)
     gram = z.mT @ z if dim <= batch else z @ z.mT
     gram = gram * (dim / (batch * epsilon2)) + torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
     # logdet = 2 sum log diag of the Cholesky factor, so that half of it is the sum
@@ -61,7 +66,7 @@ def tcr(z: Tensor, invariance: float, epsilon2: float) -> Terms:
     z [views, batch, dim] is l2-normalised here. Li et al. 2022 use invariance = 30 with two views, Tong et al. 2023
     (EMP-SSL) 200 with 20 to 200 patches.
     """
-    z = F.normalize(_at_least_float32(z), dim=-1)
+    z = F.normalize(z, dim=-1)
     similarity = F.cosine_similarity(z, z.mean(0, keepdim=True), dim=-1).mean()
     rate = coding_rate(z, epsilon2).mean()
     return {"loss": -invariance * similarity - rate, "similarity": similarity, "coding_rate": rate}
@@ -73,7 +78,7 @@ def simclr(z: Tensor, temperature: float) -> Terms:
 
     For a pair (a, b) an image's negatives are the other images in a and in b.
     """
-    z = F.normalize(_at_least_float32(z), dim=-1)
+    z = F.normalize(z, dim=-1)
     views, batch, _ = z.shape
     logits = torch.einsum("aid,bjd->abij", z, z) / temperature
     same = torch.eye(views, device=z.device, dtype=torch.bool)
@@ -94,7 +99,6 @@ def vicreg(z: Tensor, invariance: float, variance: float, covariance: float) -> 
     For two views: 25 MSE(z1, z2) + 25 * 1/2 sum over views of mean hinge(1 - std) + sum over views of the squared
     off-diagonal covariances / dim. The sum of squares is taken on the smaller of the two Gram matrices.
     """
-    z = _at_least_float32(z)
     _, batch, dim = z.shape
     centred = z - z.mean(1, keepdim=True)
     # the mean over pairs of (za - zb)^2 is twice the unbiased variance over views
@@ -114,7 +118,6 @@ def barlow(z: Tensor, redundancy: float) -> Terms:
 
     Sum over i of (1 - C_ii)^2 + redundancy * sum over i != j of C_ij^2, C the cross-correlation of two views.
     """
-    z = _at_least_float32(z)
     views, batch, _ = z.shape
     centred = z - z.mean(1, keepdim=True)
     z = centred * (centred.square().mean(1, keepdim=True) + 1e-5).rsqrt()  # batch_norm's epsilon, as the authors
@@ -134,8 +137,8 @@ def byol(z: Tensor, target: Tensor) -> Terms:
     z [views, batch, dim] are the predictor's outputs, `target` the same shape from the averaged network; no gradient
     flows into `target`.
     """
-    z = F.normalize(_at_least_float32(z), dim=-1)
-    target = F.normalize(_at_least_float32(target.detach()), dim=-1)
+    z = F.normalize(z, dim=-1)
+    target = F.normalize(target.detach(), dim=-1)
     views, batch, _ = z.shape
     every = (z.sum(0) * target.sum(0)).sum() - (z * target).sum()  # all ordered pairs, less a == b
     similarity = every / (views * (views - 1) * batch)
@@ -149,8 +152,8 @@ def moco(z: Tensor, target: Tensor, temperature: float) -> Terms:
     z [views, batch, dim] are the predictor's outputs (queries), `target` the same shape from the averaged network
     (keys); an image's negatives are the other images' keys in view b. Without the paper's factor 2 * temperature.
     """
-    z = F.normalize(_at_least_float32(z), dim=-1)
-    target = F.normalize(_at_least_float32(target.detach()), dim=-1)
+    z = F.normalize(z, dim=-1)
+    target = F.normalize(target.detach(), dim=-1)
     logits = torch.einsum("aid,bjd->abij", z, target) / temperature
     views, batch = z.shape[:2]
     pairs = (1 - torch.eye(views, dtype=z.dtype, device=z.device))[:, :, None] / (views * (views - 1) * batch)
@@ -167,7 +170,6 @@ def spectral(z: Tensor) -> Terms:
     different images. That is 2 L_S at lambda = 1/2, hence L_C less its constant at w = 1: at the optimum z1.z2 is the
     best fit of rank dim to p(x1, x2) / (p(x1) p(x2)). See cooccurrence.py.
     """
-    z = _at_least_float32(z)
     views, batch, dim = z.shape
     total = z.sum(0).square().sum() - z.square().sum()  # all ordered pairs of different views
     alignment = total / (views * (views - 1) * batch)

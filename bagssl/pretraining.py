@@ -1,12 +1,12 @@
 """Pre-training: the one loop, from a configuration and images to a run.
 
-The life of a crop. A dataset lies on the device as uint8 pixels. A step takes the next images of the epoch's order, and
-from the step's own seed draws boxes and colours for `views` patches of each (`patches.draw`); cut, resized and coloured
-(`patches.apply`) they are patches [V, B, 3, s, s]. The encoder embeds each as h [V, B, dim], the projector, and beside
-an averaged network the predictor, maps h to z [V, B, D] (`Model`). The objective makes named terms of z; their `loss`
-goes back through the networks, and the optimiser takes a step at the rate of the schedule (`Learner.step`). Around
-that, `_train` keeps the time, the history and the checkpoint, and at the end writes the run: the bag of a crop's
-embedding h is what bags.py makes of it.
+The life of a crop. A dataset lies on the device as uint8 pixels. For each step `_train` takes the next images of the
+epoch's order, and seeds a generator anew. From it `Learner.step` draws boxes and colours for `views` patches of each
+image (`patches.draw`); cut, resized and coloured (`patches.apply`) they are patches [V, B, 3, s, s]. The encoder embeds
+each as h [V, B, dim]; the projector, and beside an averaged network the predictor, maps h to z [V, B, D] (`Model`). The
+objective makes named terms of z; their `loss` goes back through the networks, and the optimiser takes a step at the
+rate of the schedule. Around that, `_Record` keeps the history and the checkpoint, and at the end writes the run. Later
+bags.py averages h over the patches of an image.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bagssl import runs
+from bagssl.colours import apply_colour
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.devices import pick_compiled, pick_device, pick_precision
@@ -32,11 +33,12 @@ from bagssl.encoders import build_encoder, build_predictor, build_projector
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.objectives import OBJECTIVES, Terms, spread
 from bagssl.optimisers import build_optimiser
-from bagssl.patches import apply_colour, augment
+from bagssl.patches import augment
 from bagssl.progress import progress_bar
 from bagssl.runs import Run
 
-LOGS = 200  # rows of a run's history: each waits for the device
+LOGS = 200  # rows of a run's history, at least: each waits for the device
+_COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of the history, before the terms
 
 
 def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *, device: str = "auto",
@@ -46,8 +48,8 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
 
     Stopped by Ctrl-C, SIGTERM or after `time_limit` seconds ($BAGSSL_DEADLINE, in Unix time, counts as well), it
     writes a checkpoint and raises Stopped (killed, it goes on from the checkpoint of at most `checkpoint_every` seconds
-    before); the next call goes on from there and ends, on a CPU, with the weights of a
-    run that was never stopped, to the bit. Raises Diverged when a loss term is not finite or the projections collapse,
+    before); the next call goes on from there and ends, on a CPU, with the weights of a run that was never stopped, to
+    the bit. Raises Diverged when a loss term is not finite or the projections collapse,
     InputError when there are fewer images than one batch holds, or a finished run is damaged.
     """
     crops = config.steps(len(images)) * config.batch_size * config.views  # what is refused, before a folder is made
@@ -116,10 +118,10 @@ class Learner:
         self.embed, self.embed_target = (torch.compile(net) if whole and net is not None else net
                                          for net in (self.model, self.teacher))  # fmt: skip
 
-    def step(self, batch: Tensor, rate: float | Tensor, decay: float | Tensor) -> Terms:
+    def step(self, batch: Tensor, rate: float | Tensor, momentum: float | Tensor) -> Terms:
         """One step on the images `batch`, int64 [B]: the named terms of the loss, and `spread`, see objectives.py.
 
-        The patches follow from the state of `generator`. rate: of the optimiser; decay: of the averaged network;
+        The patches follow from the state of `generator`. rate: of the optimiser; momentum: of the teacher;
         numbers, or tensors without dimension on the device, which a CUDA graph reads anew each time.
         """
         config = self.config
@@ -127,8 +129,8 @@ class Learner:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.embed(patches)
             with torch.no_grad():
-                targets = [] if self.teacher is None else [self.embed_target(patches).float()]
-        terms = self.objective(z.float(), *targets, **config.options)
+                targets = [] if self.teacher is None else [self.embed_target(patches)]
+        terms = self.objective(z, *targets, **config.options)
         terms["spread"] = spread(z.detach())
 
         self.optimiser.zero_grad(set_to_none=True)
@@ -137,58 +139,19 @@ class Learner:
             group["lr"] = rate
         self.optimiser.step()
         if self.teacher is not None:
-            _average(self.teacher, self.model, decay)
+            _average(self.teacher, self.model, momentum)
         return {name: value.detach() for name, value in terms.items()}
 
 
-class _Replayed:
-    """`Learner.step` as one CUDA graph: a thousand launches by the CPU become one.
-
-    The first steps run as they are, on a stream of their own, as capturing asks for; the next is captured, without
-    being executed, and from then on replayed. The generator's seed counts at each replay.
-    """
-
-    EAGER = 3
-
-    def __init__(self, learner: Learner):
-        self.learner, self.stream, self.graph, self.calls = learner, torch.cuda.Stream(), None, 0
-        self.batch = torch.empty(learner.config.batch_size, dtype=torch.int64, device=learner.device)
-        self.rate, self.decay = torch.empty(2, device=learner.device).unbind()
-
-    def __call__(self, batch: Tensor, rate: float, decay: float) -> Terms:
-        self.batch.copy_(batch), self.rate.fill_(rate), self.decay.fill_(decay)
-        self.calls += 1
-        if self.calls <= self.EAGER:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):  # that it is not captured
-                terms = self.learner.step(self.batch, self.rate, self.decay)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return terms
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
-        return self.terms
-
-    def _capture(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.learner.generator)
-        try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.terms = self.learner.step(self.batch, self.rate, self.decay)
-        except RuntimeError as error:  # an objective that waits for the device, perhaps
-            reason = str(error).splitlines()[0]
-            message = f"the step cannot be captured as a CUDA graph ({reason}): set BAGSSL_COMPILE=none"
-            raise InputError(message) from error
-
-
 @torch.no_grad()
-def _average(teacher: nn.Module, student: nn.Module, decay: float | Tensor) -> None:
-    """teacher <- decay * teacher + (1 - decay) * student, in place; batch-norm's statistics are copied."""
-    for mine, theirs in ((teacher.encoder, student.encoder), (teacher.projector, student.projector)):
-        ours = list(mine.parameters())
-        weight = [1 - decay] * len(ours) if isinstance(decay, Tensor) else 1 - decay
-        torch._foreach_lerp_(ours, list(theirs.parameters()), weight)
-        for copied, buffer in zip(mine.buffers(), theirs.buffers(), strict=True):
+def _average(teacher: Model, student: Model, momentum: float | Tensor) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place; batch-norm's statistics are copied."""
+    for name in ("encoder", "projector"):
+        averaged, trained = getattr(teacher, name), getattr(student, name)
+        parameters = list(averaged.parameters())
+        weight = [1 - momentum] * len(parameters) if isinstance(momentum, Tensor) else 1 - momentum
+        torch._foreach_lerp_(parameters, list(trained.parameters()), weight)
+        for copied, buffer in zip(averaged.buffers(), trained.buffers(), strict=True):
             copied.copy_(buffer)
 
 
@@ -205,10 +168,55 @@ def teacher_momentum_at(step: int, steps: int, config: PretrainConfig) -> float:
     return 1 - (1 - config.teacher_momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+ORDER, DRAWS = 0, 1  # of an epoch's images, of a step's patches
+
+
 def _seed(seed: int, purpose: int, index: int) -> int:
     """The seed of a stream that belongs to (seed, purpose, index) alone."""
     # mixed within 32 bits: that is all that the CPU's generator keeps of a seed
     return (seed * 0x9E3779B1 ^ ((purpose << 31) + index)) & 0xFFFFFFFF
+
+
+# ---- a step as one CUDA graph
+
+
+class _Replayed:
+    """`Learner.step` as one CUDA graph: a thousand launches by the CPU become one.
+
+    The first steps run as they are, on a stream of their own, as capturing asks for; the next is captured, without
+    being executed, and from then on replayed. The generator's seed counts at each replay.
+    """
+
+    EAGER = 3
+
+    def __init__(self, learner: Learner):
+        self.learner, self.stream, self.graph, self.calls = learner, torch.cuda.Stream(), None, 0
+        self.batch = torch.empty(learner.config.batch_size, dtype=torch.int64, device=learner.device)
+        self.rate, self.momentum = torch.empty(2, device=learner.device).unbind()
+
+    def __call__(self, batch: Tensor, rate: float, momentum: float) -> Terms:
+        self.batch.copy_(batch), self.rate.fill_(rate), self.momentum.fill_(momentum)
+        self.calls += 1
+        if self.calls <= self.EAGER:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):  # that it is not captured
+                terms = self.learner.step(self.batch, self.rate, self.momentum)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return terms
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        return self.terms
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.learner.generator)
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.terms = self.learner.step(self.batch, self.rate, self.momentum)
+        except RuntimeError as error:  # an objective that waits for the device, perhaps
+            raise InputError(f"the step cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): "
+                             "set BAGSSL_COMPILE=none") from error
 
 
 # ---- the loop
@@ -216,21 +224,20 @@ def _seed(seed: int, purpose: int, index: int) -> int:
 
 def _train(learner: Learner, images: Images, run: Run, deadline: float, checkpoint_every: float,
            progress: bool) -> None:
-    config, device = learner.config, learner.device
+    config, order = learner.config, None
     per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
     crops = config.batch_size * config.views  # of a step
     record = _Record(learner, run, steps, per_epoch)
     take_step = _Replayed(learner) if "graphs" in learner.compiled else learner.step
-    order = None
     with _signals() as stop, progress_bar(steps * crops, record.step * crops, config.label, progress) as bar:
         while record.step < steps:
             epoch, position = divmod(record.step, per_epoch)
             if order is None or position == 0:
-                shuffled = torch.Generator().manual_seed(_seed(config.seed, 0, epoch))
-                order = torch.randperm(len(images), generator=shuffled).to(device, non_blocking=True)
+                shuffled = torch.Generator().manual_seed(_seed(config.seed, ORDER, epoch))
+                order = torch.randperm(len(images), generator=shuffled).to(learner.device, non_blocking=True)
             batch = order[position * config.batch_size :][: config.batch_size]
             # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
-            learner.generator.manual_seed(_seed(config.seed, 1, record.step))
+            learner.generator.manual_seed(_seed(config.seed, DRAWS, record.step))
             rate = learning_rate_at(record.step, steps, config)
             terms = take_step(batch, rate, teacher_momentum_at(record.step, steps, config))
             if means := record.add(terms, rate):
@@ -239,7 +246,8 @@ def _train(learner: Learner, images: Images, run: Run, deadline: float, checkpoi
                 record.save()
                 message = f"{config.label} stopped at step {record.step} of {steps}; the next call goes on from there"
                 raise Stopped(message, interrupted=bool(stop))
-            record.save_after(checkpoint_every)
+            if time.monotonic() - record.saved > checkpoint_every:
+                record.save()
         record.finish(images)
         if stop:  # asked for when there was no step left to stop at
             raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
@@ -304,50 +312,37 @@ class _Record:
         config = self.learner.config
         for name, value in means.items():
             if not math.isfinite(value):
-                what_to_do = f"lower learning_rate ({config.learning_rate})"
-                raise Diverged(f"{config.label}: '{name}' is {value} at step {self.step}: {what_to_do}")
+                raise Diverged(f"{config.label}: '{name}' is {value} at step {self.step}: "
+                               f"lower learning_rate ({config.learning_rate})")
         if self.step > 0.2 * self.steps and means["spread"] < 1e-3:
-            what = f"'spread' is {means['spread']:.1e}, all projections are alike"
-            raise Diverged(f"{config.label}: collapsed at step {self.step}: {what}")
+            raise Diverged(f"{config.label}: collapsed at step {self.step}: "
+                           f"'spread' is {means['spread']:.1e}, all projections are alike")
 
     def save(self) -> None:
         """Write the checkpoint."""
-        learner, now = self.learner, time.monotonic()
-        state = {"model": learner.model.state_dict(), "optimiser": learner.optimiser.state_dict(), "sums": self.sums}
-        state |= {"step": self.step, "history": self.history, "seconds": self.seconds + now - self.clock}
-        state |= {"parts": [*self.segments, {**self.hardware, "until": self.step}]}
-        state |= {"teacher": learner.teacher.state_dict()} if learner.teacher is not None else {}
-        runs.save_checkpoint(self.run, state)
-
-    def save_after(self, seconds: float) -> None:
-        """Write the checkpoint when the last is so old."""
-        if time.monotonic() - self.saved > seconds:
-            self.save()
-            self.saved = time.monotonic()
+        learner, seconds = self.learner, self.seconds + time.monotonic() - self.clock
+        teacher = {} if learner.teacher is None else {"teacher": learner.teacher.state_dict()}
+        runs.save_checkpoint(self.run, {
+            "model": learner.model.state_dict(), "optimiser": learner.optimiser.state_dict(), **teacher,
+            "step": self.step, "history": self.history, "sums": self.sums, "seconds": seconds,
+            "parts": [*self.segments, {**self.hardware, "until": self.step}]})  # fmt: skip
+        self.saved = time.monotonic()
 
     def finish(self, images: Images) -> None:
         """Write the finished run."""
         learner, config, steps = self.learner, self.learner.config, self.steps
+        last = self.history[-1] if self.history else {}
         metrics = {
-            "steps": steps,
-            "epochs": steps / max(self.per_epoch, 1),
-            "crops": steps * config.batch_size * config.views,
-            "images": len(images),
-            "final": {name: self.history[-1][name] for name in terms_of(self.history)},
-            "seconds": round(self.seconds, 3),
-        }
-        provenance = {**runs.provenance(), **self.hardware, "seed": config.seed, "data": images.fingerprint}
-        provenance |= {"wall_seconds": metrics["seconds"]}
+            "steps": steps, "epochs": steps / max(self.per_epoch, 1), "crops": steps * config.batch_size * config.views,
+            "images": len(images), "seconds": round(self.seconds, 3),
+            "final": {name: value for name, value in last.items() if name not in _COLUMNS},
+        }  # fmt: skip
+        provenance = {**runs.provenance(), **self.hardware, "seed": config.seed, "data": images.fingerprint,
+                      "wall_seconds": metrics["seconds"]}  # fmt: skip
         provenance |= {"compiled": learner.compiled} if learner.compiled != "none" else {}
         if self.segments:  # it went from one machine to another
             provenance |= {"parts": [*self.segments, {**self.hardware, "until": steps}]}
         runs.finish(self.run, learner.model.state_dict(), self.history, metrics, provenance)
-
-
-def terms_of(history: list[dict[str, float]]) -> list[str]:
-    """The names of the loss terms among a history's columns."""
-    columns = ("step", "epoch", "crops", "learning_rate", "crops_per_second")
-    return [name for name in history[0] if name not in columns] if history else []
 
 
 def _means(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
@@ -388,33 +383,25 @@ def _signals() -> Iterator[list[int]]:
 
 def load_encoder(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     """The run's encoder in evaluation mode: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim]."""
-    config = _config(run)
-    encoder = build_encoder(config.encoder, config.width)
-    return _load(encoder, run, "encoder.").to(device)
+    return _load(run, "encoder").to(device)
 
 
 def load_projector(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     """The run's projector in evaluation mode: h [batch, dim] -> z [batch, projector_dim]."""
-    config = _config(run)
-    width = build_encoder(config.encoder, config.width).dim
-    projector = build_projector(config.objective, width, config.projector_hidden, config.projector_dim)
-    return _load(projector, run, "projector.").to(device)
+    return _load(run, "projector").to(device)
 
 
-def _config(run: Run) -> PretrainConfig:
-    values = run.config
+def _load(run: Run, network: str) -> nn.Module:
+    values, path = run.config, run.path / "config.json"
     try:
-        return PretrainConfig.from_dict(values)
+        module = getattr(build_model(PretrainConfig.from_dict(values)), network)
     except InputError as error:
-        path = run.path / "config.json"
         raise InputError(f"{path}, perhaps of a newer bagssl, is not understood: {error}") from error
-
-
-def _load(module: nn.Module, run: Run, prefix: str) -> nn.Module:
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in run.weights().items() if name.startswith(prefix)}
+    tensors = {name.removeprefix(f"{network}."): tensor for name, tensor in run.weights().items()
+               if name.startswith(f"{network}.")}  # fmt: skip
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        what_to_do = "delete the folder to train it again"
-        raise InputError(f"{run.path}: its weights are not those of its config.json; {what_to_do}") from error
+        raise InputError(f"{run.path}: its weights are not those of its config.json; delete the folder to train it "
+                         "again") from error
     return module.eval()

@@ -246,7 +246,7 @@ def test_what_is_compiled_trains_the_same_network(images, tmp_path, monkeypatch)
     assert compiled[3:] == ["apply_colour"]
 
 
-@pytest.mark.parametrize("name, answer", [("everything", "known: none, colours"), ("graphs", "need a GPU")])
+@pytest.mark.parametrize("name, answer", [("everything", "known: none, colours"), ("graphs", "CUDA graphs need a GPU")])
 def test_what_cannot_be_compiled_is_refused_before_anything_is_made(images, tmp_path, monkeypatch, name, answer):
     monkeypatch.setenv("BAGSSL_COMPILE", name)
     with pytest.raises(InputError, match=answer):

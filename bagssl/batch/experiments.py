@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from bagssl.errors import InputError, nearest
+from bagssl.errors import InputError, check_choice
 from bagssl.paths import home
 
 PROFILES = ("smoke", "laptop", "paper")
@@ -77,11 +77,9 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
 
 def choose(experiments: Mapping[str, Experiment], names: Sequence[str], profile: str) -> list[Experiment]:
     """The experiments asked for, once each; without names, all that have the profile."""
-    if profile not in PROFILES:
-        raise InputError(f"unknown profile {profile!r}; {nearest(profile, PROFILES)}")
+    check_choice("profile", profile, PROFILES)
     for name in names:
-        if name not in experiments:
-            raise InputError(f"unknown experiment {name!r}; {nearest(name, list(experiments))}")
+        check_choice("experiment", name, list(experiments))
         if profile not in experiments[name].profiles:
             known = ", ".join(experiments[name].profiles)
             raise InputError(f"experiment {name} has no profile {profile}; it has: {known} (--profile)")

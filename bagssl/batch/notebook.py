@@ -81,7 +81,7 @@ def normalise_notebook(path: Path) -> None:
 
 
 def error_line(error: Mapping[str, Any]) -> str:
-    """cell 7: ValueError: the first line of its message."""
+    """cell [7]: ValueError: the first line of its message."""
     cell = f"cell [{error['cell']}]: " if error.get("cell") else ""
     return f"{cell}{error['ename']}: {(str(error['evalue']).strip().splitlines() or [''])[0]}"
 

@@ -6,6 +6,7 @@ machine that is shared or hot shows other figures, and says so by its spread.
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,4 +102,4 @@ def _short(rate: float) -> str:
 
 def _slug(hardware: Mapping[str, Any]) -> str:
     words = hardware["gpu"] or f"{hardware['processor']} {hardware['cores']} cores"
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in words.lower()).split())
+    return "-".join(re.findall(r"[^\W_]+", words.lower()))

@@ -96,8 +96,8 @@ def growth(machine: Machine) -> Iterator[dict]:
         "TCR, D (B = 100, V = 20)": {d: tcr(20, d) for d in (256, 512, 1024)},
     }  # fmt: skip
     for name, works in cases.items():
-        calls = {n: partial(_once, work) for n, work in works.items()}
-        seconds = {n: [1 / rate for rate in rates] for n, rates in race(calls, 0.0).items()}
+        seconds = {n: [1 / rate for rate in rates]
+                   for n, rates in race({n: partial(_once, work) for n, work in works.items()}, 0.0).items()}
         exponents = [exponent(list(works), each) for each in zip(*seconds.values(), strict=True)]
         yield {"measure": f"{name}: time ~ size^c", "unit": "c", "ratio": float(np.median(exponents)),
                "low": min(exponents), "high": max(exponents), "rounds": ROUNDS, "sizes": list(works),

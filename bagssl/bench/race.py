@@ -78,9 +78,8 @@ def timed(work: Work) -> tuple[int, float]:
 
 
 def synchronise() -> None:
-    with contextlib.suppress(AssertionError):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def compared(measure: str, rates: Mapping[str, Sequence[float]], unit: str, aim: float | None = None,

@@ -108,15 +108,12 @@ def training(machine: Machine) -> Iterator[dict]:
     for size, crops in machine.size["crops"].items():
         pictures = _Pictures(machine.train, _lightly(machine.config(size)))
 
-        def ours(seed: int, steps: int, size=size) -> nn.Module:
-            return _trained(machine, machine.config(size, seed=seed), steps)
-
         def theirs(seed: int, steps: int, workers: int, size=size, pictures=pictures) -> nn.Module:
             return _lightly_run(machine, machine.config(size, seed=seed), pictures, steps, workers)
 
         few = max(2, crops // (20 * machine.size["batch"]))
         workers = _fastest(machine, lambda n, few=few, theirs=theirs: bool(theirs(0, few, n)))
-        ways = {"bagssl": (ours, size), f"lightly, {workers} workers": (partial(theirs, workers=workers), size)}
+        ways = {"bagssl": _ours(machine, size), f"lightly, {workers} workers": (partial(theirs, workers=workers), size)}
         yield _judged(machine, f"training, {machine.size['encoder']} at {size} px", ways, crops, 0, aims.get(size))
 
 
@@ -156,12 +153,7 @@ def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, 
 def native_size(machine: Machine) -> Iterator[dict]:
     """Patches trained and embedded at their own size, against the same patches enlarged to twice their side."""
     native, crops = patches.native_size(0.25, *machine.train.pixels.shape[2:]), min(machine.size["crops"].values())
-
-    def way(size: int) -> tuple[Callable, int]:
-        settings = {"training": "patch-based", "size": size}
-        return lambda seed, steps: _trained(machine, machine.config(seed=seed, **settings), steps), size
-
-    ways = {f"{size} px": way(size) for size in (native, 2 * native)}
+    ways = {f"{size} px": _ours(machine, size, training="patch-based") for size in (native, 2 * native)}
     yield _judged(machine, f"training on patches of {native} px, not enlarged", ways, crops, 16, None)
 
 
@@ -198,8 +190,8 @@ def _accuracy(machine: Machine, encoder: nn.Module, size: int, k: int) -> float:
     return probes.knn(h[0], train.labels, h[1], test.labels).value
 
 
-def _trained(machine: Machine, config: PretrainConfig, steps: int) -> nn.Module:
-    return run_steps(machine, config, steps)[1]
+def _ours(machine: Machine, size: int, **settings: Any) -> tuple[Callable[[int, int], nn.Module], int]:
+    return lambda seed, steps: run_steps(machine, machine.config(size, seed=seed, **settings), steps)[1], size
 
 
 def utilisation(machine: Machine) -> Iterator[dict]:

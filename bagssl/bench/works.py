@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -23,11 +24,9 @@ def train_steps(machine: Machine, config: PretrainConfig, count: int) -> Work:
     def work() -> tuple[int, float]:
         with mock.patch.object(pretraining, "LOGS", 10):
             history, _ = run_steps(machine, replace(config, seed=next(seeds)), count)
-        first, *rows = [{"crops": 0}, *history][len(history) > 1 :]
-        ends = [first["crops"], *(row["crops"] for row in rows)]
-        seconds = sum((end - begin) / row["crops_per_second"]
-                      for begin, end, row in zip(ends, ends[1:], rows, strict=False))
-        return int(ends[-1] - ends[0]), seconds
+        rows = [{"crops": 0}, *history][len(history) > 1 :]
+        seconds = sum((row["crops"] - before["crops"]) / row["crops_per_second"] for before, row in pairwise(rows))
+        return int(rows[-1]["crops"] - rows[0]["crops"]), seconds
 
     return work
 

@@ -5,7 +5,9 @@ makes the claim harder. Evidence is a tidy frame, one measured value with its 95
 
     dataset, setting ("simclr, multi-scale, K = 256"), measure, value, low, high, unit
 
-An exact check has low = high = value. Rows whose measure no rule names are kept, and decide nothing.
+An exact check has low = high = value. A claim holds if every condition has rows and each row's interval lies on the
+right side of the threshold, and does not hold if one lies wholly on the wrong side: `Condition.judge` judges a row, and
+the worst decides (`judged`). Rows whose measure no rule names are kept, and decide nothing.
 """
 
 from collections.abc import Mapping
@@ -167,16 +169,6 @@ def judged(claim: str, evidence: pd.DataFrame) -> pd.DataFrame:
                 order = (FAILS, UNDECIDED, HOLDS).index(state)
                 found.append({**row, "state": state, "rule": str(each), "by": (order, rank, margin)})
     return pd.DataFrame(sorted(found, key=lambda row: row["by"]))
-
-
-def verdict(claim: str, evidence: pd.DataFrame) -> str:
-    """holds | does not hold | undecided | not measured.
-
-    A claim holds if every condition has rows and each row's interval lies on the right side of the threshold; it
-    does not hold if one interval lies wholly on the wrong side. Raises InputError for what cannot be judged.
-    """
-    rows = checked(claim, evidence, f"evidence for {claim}")
-    return MISSING if rows.empty else judged(claim, rows)["state"].iloc[0]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
