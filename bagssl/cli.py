@@ -126,7 +126,6 @@ def pretrain(arguments: argparse.Namespace) -> None:
     typed = {name: conform(name, value, types[name]) if name in types else value for name, value in given.items()}
     config = PretrainConfig.from_dict(typed)
     run = pretraining.pretrain(config, data.load(config.dataset, "train"), time_limit=arguments.time_limit)
-    print(run, file=sys.stderr)
     print(os.path.relpath(run.path))
 
 
