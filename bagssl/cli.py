@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped by a time limit, 130 by Ctrl-C, SIGTERM."""
 
 import argparse
+import codecs
 import errno
 import io
 import os
@@ -206,8 +207,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. What is no error of the user's, and not foreseen, is raised: a bug."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path that is no UTF-8 is printed as it is
+    codecs.register_error("bagssl", _shown)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="bagssl")
     try:
         arguments = build_parser().parse_args(argv)
         code = arguments.run(arguments) or 0
@@ -230,6 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{error.strerror}; make room or let it be written, or set BAGSSL_DATA, "
                     "BAGSSL_RESULTS or BAGSSL_RUNS to another folder", 1)
+
+
+def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A path that is no UTF-8 is printed as it is; what the terminal's encoding does not have is a question mark."""
+    odd = error.object[error.start : error.end]
+    escaped = b"".join(bytes([ord(c) - 0xDC00]) if 0xDC80 <= ord(c) <= 0xDCFF else b"?" for c in odd)
+    return escaped, error.end
 
 
 def _say(message: str, code: int) -> int:

@@ -21,6 +21,24 @@ def notebook_cells(notebook: Path) -> list[dict]:
         raise InputError(f"{notebook} is not a readable notebook: {error}") from None
 
 
+def read_yaml(text: str) -> Any:
+    """What YAML 1.2 makes of text: 010 is ten, and neither 1:30 nor 0x10 nor 1_000 is a number, nor `no` false.
+
+    (YAML 1.1, which PyYAML reads, makes 8, 90, 16, 1000 and False of them, and text of 1e-3.) Raises yaml.YAMLError.
+    """
+    return _Yaml(text).get_single_data()
+
+
+_Yaml = type("_Yaml", (yaml.SafeLoader,), {"yaml_implicit_resolvers": {}})  # none of YAML 1.1's
+for _kind, _pattern, _first in (("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+                                ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]), ("merge", "<<", "<"),
+                                ("int", "[-+]?[0-9]+", "-+0123456789"),
+                                ("float", r"[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?", "-+.0123456789")):
+    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), list(_first))
+for _kind in (int, float):
+    _Yaml.add_constructor(f"tag:yaml.org,2002:{_kind.__name__}", lambda loader, node, kind=_kind: kind(node.value))
+
+
 def notebook_parameters(notebook: Path) -> dict[str, tuple[Any, str]]:
     """The `parameters` cell: name -> (default, annotation as text, or the default's type).
 
@@ -29,16 +47,21 @@ def notebook_parameters(notebook: Path) -> dict[str, tuple[Any, str]]:
     cells = [cell for cell in notebook_cells(notebook) if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook} must have one cell tagged 'parameters'; it has {len(cells)}")
-    found = {}
     try:
-        for node in ast.parse("".join(cells[0]["source"])).body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
-                found[node.target.id] = (ast.literal_eval(node.value), ast.unparse(node.annotation))
-            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                value = ast.literal_eval(node.value)
-                found[node.targets[0].id] = (value, _annotation_of(value))
+        return _declared("".join(cells[0]["source"]))
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{notebook}: the parameters cell must hold literals only ({error})") from None
+
+
+def _declared(source: str) -> dict[str, tuple[Any, str]]:
+    """The names that a cell sets to literals; annotations are read from the text: not every Python keeps them."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            found[node.target.id] = (ast.literal_eval(node.value), ast.unparse(node.annotation))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            value = ast.literal_eval(node.value)
+            found[node.targets[0].id] = (value, _annotation_of(value))
     return found
 
 
@@ -52,25 +75,27 @@ def _annotation_of(value: Any) -> str:
 def conform(name: str, value: Any, annotation: str) -> Any:
     """`value` as the type that `annotation` names; text for no string is read as YAML, `1,4` as a list.
 
-    An int passes for a float. Raises InputError when the value does not fit.
+    An int passes for a float, a single value for a list of one. Raises InputError when the value does not fit.
     """
+    sequence = annotation.startswith(("list", "tuple"))
     try:
-        read = _numbers(value) if isinstance(value, dict) else value
+        read = value if "str" in annotation else _numbers(value)
         if isinstance(value, str) and annotation != "str":
-            sequence = annotation.startswith(("list", "tuple")) and not value.lstrip().startswith("[")
-            read = _numbers(yaml.safe_load(f"[{value}]" if sequence else value))
+            read = read_yaml(f"[{value}]" if sequence and not value.lstrip().startswith("[") else value)
+        elif sequence and isinstance(value, str | int | float):
+            read = [value]
         return _fit(read, annotation)
     except (TypeError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
         raise InputError(f"parameter {name} must be {annotation}, not {value!r}") from None
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text: within lists and mappings, too, it is meant as a number."""
+    """Others read YAML as 1.1, in which 1e-3 is text: it is meant as a number."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+", value):
         return float(value)
     return value
 
@@ -85,8 +110,8 @@ def _fit(value: Any, kind: str) -> Any:
             with contextlib.suppress(TypeError):
                 return _fit(value, each.strip())
         raise TypeError
-    if kind == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
-        value = float(value)  # a str, because YAML 1.1 reads 1e-3 as text
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
     wanted = _TYPES.get(kind.split("[")[0], object)
     odd = wanted is int and isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value)
     if odd or not isinstance(value, wanted):
@@ -100,17 +125,31 @@ _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, dict, list)} |
 def check_parameters(names: dict[str, Any]) -> dict[str, Any]:
     """Read the parameters of a running notebook, each in the type it is annotated with.
 
-    names: the notebook's globals, changed in place. Returns parameter -> value. Plain papermill passes what it cannot
-    read as text (`-p on true`), and a misspelt name like any other. Raises InputError, in one line, for a value that
-    does not fit, or a name that papermill passed and that is no parameter.
+    names: the notebook's globals, changed in place; their "In" is the history of its cells. Returns parameter -> value.
+    Plain papermill passes what it cannot read as text (`-p on true`), and a misspelt name like any other. Raises
+    InputError, in one line, for a value that does not fit, or a name that papermill passed and that is no parameter.
     """
-    annotations = names.get("__annotations__", {}).items()
-    known = {name: kind.__name__ if type(kind) is type else str(kind) for name, kind in annotations}
-    for source in names.get("In", ()):  # the history of the kernel
-        for node in ast.parse(source).body if source.lstrip().startswith("# Parameters") else ():
-            for target in getattr(node, "targets", ()):
-                if target.id not in known:
-                    raise InputError(f"there is no parameter {target.id!r}; {nearest(target.id, list(known))}")
-    found = {name: conform(name, names[name], kind) for name, kind in known.items()}
+    known, injected, after = {}, [], False  # after: the cell of parameters, or this check
+    for source in names.get("In", ()):
+        cell = _assigned(source)
+        annotated = bool(cell) and all(isinstance(node, ast.AnnAssign) for node in cell)
+        if annotated:
+            known, injected = known | _declared(source), []  # executed again, after a change perhaps
+        elif cell and after and source.startswith("# Parameters\n"):
+            injected = [node.targets[0].id for node in cell]  # papermill's cell; corrected, the last one counts
+        after = annotated or "check_parameters(" in source
+    for name in injected:
+        if name not in known and not name.startswith("PAPERMILL_"):
+            raise InputError(f"there is no parameter {name!r}; {nearest(name, list(known))}")
+    found = {name: conform(name, names[name], annotation) for name, (_, annotation) in known.items()}
     names.update(found)
     return found
+
+
+def _assigned(source: str) -> list[ast.AnnAssign | ast.Assign]:
+    """The assignments of literals to names that a cell consists of; none when it holds anything else."""
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError):
+        body = ast.parse(source).body
+        if len(_declared(source)) == len(body):
+            return body
+    return []

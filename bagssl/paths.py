@@ -23,17 +23,23 @@ def home() -> Path:
 
 def data_root() -> Path:
     """The folder of dataset caches: $BAGSSL_DATA, else data/."""
-    return Path(os.environ.get("BAGSSL_DATA") or home() / "data")
+    return _folder("BAGSSL_DATA") or home() / "data"
 
 
 def results_root() -> Path:
     """The folder of tables, figures and executed notebooks: $BAGSSL_RESULTS, else results/."""
-    return Path(os.environ.get("BAGSSL_RESULTS") or home() / "results")
+    return _folder("BAGSSL_RESULTS") or home() / "results"
 
 
 def runs_root() -> Path:
     """The store of trained models: $BAGSSL_RUNS, else runs/ among the results."""
-    return Path(os.environ.get("BAGSSL_RUNS") or results_root() / "runs")
+    return _folder("BAGSSL_RUNS") or results_root() / "runs"
+
+
+def _folder(variable: str) -> Path | None:
+    """The folder that the environment names, from the working folder on: the notebooks are executed in another one."""
+    named = os.environ.get(variable)
+    return Path(os.path.expanduser(named)).absolute() if named else None
 
 
 def cores() -> int:

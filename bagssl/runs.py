@@ -390,7 +390,8 @@ def _commit() -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if (home() / "bagssl" / Path(__file__).name).exists():  # else, installed, the working folder is not ours
+        # a checkout of its own: neither installed, nor unpacked inside another repository
+        if Path(git("rev-parse", "--show-toplevel")).samefile(home()) and (home() / "bagssl/runs.py").exists():
             # results are what is being made: they do not count as a change of the code
             return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!results"))
     return None, None

@@ -4,11 +4,13 @@ All that comes in is checked before a cache is written: an image that cannot be 
 tree, a part of CIFAR under the name of the whole are an `InputError`, one line that says what to do.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
 import tempfile
+import unicodedata
 import warnings
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
@@ -58,11 +60,12 @@ def get(name: str, root: Path | None = None, force: bool = False) -> str:
 def add(name: str, path: Path | str, size: int | None = None, root: Path | None = None, force: bool = False) -> str:
     """Read a class-folder tree, train/<class>/<image> and test/<class>/<image>, into the cache of `name`.
 
-    Images may have any format that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8 bits,
-    transparency is laid over white, and the orientation in EXIF is applied. With `size` the centred square is resampled
-    (bicubic, antialiased) to size×size px; without, all images must have one size. cifar10 and cifar100 must be
-    complete. Returns one line that says what was done; the same content twice changes nothing, and other content
-    replaces a sound cache only with `force`. Raises InputError, leaving the cache as it was, on what is not so.
+    Where there is no test, the second split may be called val, as ImageNet's is. Images may have any format that Pillow
+    opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8 bits, transparency is laid over white, and the
+    orientation in EXIF is applied. With `size` the centred square is resampled (bicubic, antialiased) to size×size px;
+    without, all images must have one size. cifar10 and cifar100 must be complete. Returns one line that says what was
+    done; the same content twice changes nothing, and other content replaces a sound cache only with `force`. Raises
+    InputError, leaving the cache as it was, on what is not so.
     """
     if name in EMBEDDED:
         raise refusal(f"the name {name} belongs to embedded data: choose another")
@@ -90,18 +93,24 @@ def _files(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
     wanted = "give one with train/<class>/ and test/<class>/ in it"
     if not tree.is_dir():
         raise refusal(f"{tree} is not a folder: {wanted}")
-    for split in SPLITS:
-        if not (tree / split).is_dir():
-            raise refusal(f"{tree} has no folder {split}: {wanted}")
+    second = next((name for name in ("test", "val", "valid", "validation") if (tree / name).is_dir()), "test")
+    places = {"train": tree / "train", "test": tree / second}
+    for place in places.values():
+        if not place.is_dir():
+            raise refusal(f"{tree} has no folder {place.name}: {wanted}")
     _entries(tree, tree)  # for links
-    folders = {split: _entries(tree / split, tree) for split in SPLITS}
+    folders = {split: _entries(place, tree) for split, place in places.items()}
     for entry in [*folders["train"], *folders["test"]]:
         if not entry.is_dir():
             raise refusal(f"{entry} lies outside the class folders: move it into one, or away")
-    train, test = ({entry.name for entry in folders[split]} for split in SPLITS)
-    for alone, there, lacking in ((train - test, "train", "test"), (test - train, "test", "train")):
+    train, test = ({_composed(entry): entry for entry in folders[split]} for split in SPLITS)
+    for split, classes in (("train", train), ("test", test)):
+        if twice := [entry for entry in folders[split] if classes[_composed(entry)] != entry]:
+            raise refusal(f"{places[split]} has the class {_composed(twice[0])!r} twice, in two spellings: merge them")
+    for alone, there, lacking in ((train.keys() - test, "train", "test"), (test.keys() - train, "test", "train")):
         if alone:
-            raise refusal(f"the class {min(alone)!r} is in {tree / there} but not in {tree / lacking}")
+            raise refusal(f"the class {min(alone)!r} is in {places[there]} but not in {places[lacking]}")
+    folders = {"train": [train[name] for name in sorted(train)], "test": [test[name] for name in sorted(test)]}
     if len(train) < 2:
         raise refusal(f"{tree / 'train'} has fewer than two class folders, {len(train)}: a dataset needs two or more")
     files = {split: [_entries(folder, tree) for folder in folders[split]] for split in SPLITS}
@@ -112,7 +121,12 @@ def _files(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
             for file in inside:
                 if not file.is_file():
                     raise refusal(f"{file} is no file: images lie directly in their class folder")
-    return files, tuple(entry.name for entry in folders["train"])
+    return files, tuple(sorted(train))
+
+
+def _composed(folder: Path) -> str:
+    """The name of a class, one code for each letter: macOS writes é as two."""
+    return unicodedata.normalize("NFC", folder.name)
 
 
 def _entries(folder: Path, tree: Path) -> list[Path]:
@@ -175,7 +189,7 @@ def _read(path: Path, size: int | None) -> np.ndarray | InputError:
     try:
         with Image.open(path) as image:
             image.load()
-            image = _rgb(ImageOps.exif_transpose(image))
+            image = _rgb(_upright(image), image.format)
     except Exception as error:  # noqa: BLE001 - decoders meet bad bytes with errors of every kind
         return refusal(f"{path} cannot be read as an image ({error or type(error).__name__})")
     if size is not None:
@@ -185,9 +199,19 @@ def _read(path: Path, size: int | None) -> np.ndarray | InputError:
     return np.asarray(image)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in 8-bit RGB."""
-    if image.mode.startswith("I;16"):
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF says it is to be seen; what else stands there, and whether it is sound, is no matter."""
+    with contextlib.suppress(Exception):
+        image.getexif()  # read, and then kept from being written again
+        for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+            image.info.pop(name, None)
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    """An image of any mode in 8-bit RGB; kind: of its file."""
+    if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):  # of their 32 bits 16 are used
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("its pixels have 32 bits; 8 and 16 are read")

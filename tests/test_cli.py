@@ -273,3 +273,14 @@ def test_a_closed_pipe_is_no_traceback():
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
     process.stderr.close()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_a_terminal_cannot_show_is_a_question_mark(encoding):
+    code = ("import sys; from bagssl import cli\n"
+            "def run(arguments): print('λ = 1 × \\udce9'); print('λ', file=sys.stderr)\n"
+            "cli.list_experiments = run; sys.exit(cli.main(['list']))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False,
+                          env={**os.environ, "PYTHONIOENCODING": encoding})
+    shown = "λ = 1 × ".encode(encoding, "replace") + b"\xe9\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "λ\n".encode(encoding, "replace"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,3 +152,17 @@ def test_a_house_that_leans_is_seen(rule, files, fault, tmp_path):
     assert [each(sound) for each in RULES] == [[]] * len(RULES)
     assert f"bagssl.{fault}" in rule(leaning)
     assert [each.__name__ for each in RULES if each(leaning)] == [rule.__name__]
+
+
+def ruff(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", *words],
+                          cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    return done.stdout
+
+
+def test_ruff_finds_nothing_in_code_tests_and_notebooks(tmp_path):
+    assert ruff(".").splitlines() == ["All checks passed!"]
+    # negative control: a line of 121 columns, and imports in another order
+    (tmp_path / "long.py").write_text(f"import sys\nimport os\n\nprint(sys, os)  {'#' * 106}\n")
+    found = ruff("--config", str(ROOT / "pyproject.toml"), str(tmp_path / "long.py"))
+    assert "E501" in found and "I001" in found

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
-from test_experiments import write_notebook
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from test_experiments import PARAMETERS, write_notebook
 
 from bagssl.batch.notebook import normalise_notebook
 from bagssl.errors import InputError
-from bagssl.parameters import conform, notebook_parameters
+from bagssl.parameters import check_parameters, conform, notebook_parameters, read_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +86,61 @@ def test_plain_papermill_refuses_in_the_first_cell_in_one_line(checking, tmp_pat
     (error,) = [output for output in outputs if output.output_type == "error"]
     assert code and error.traceback == [answer]
     assert [cell.execution_count for cell in executed.cells if cell.source == USE] == [None]
+
+
+@given(st.from_regex(r"[-+]?[0-9_.:xobeE]{1,6}", fullmatch=True))
+def test_a_number_is_decimal_or_refused(text):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90, 0x10 as 16, 1_000 as 1000: never another number than the text says."""
+    for kind, pattern in ((int, r"[-+]?[0-9]+"), (float, r"[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?")):
+        try:
+            found = conform("p", text, kind.__name__), conform("p", f"{text},{text}", f"list[{kind.__name__}]")
+        except InputError:
+            assert not re.fullmatch(pattern, text) or float(text) == float("inf")
+        else:
+            assert re.fullmatch(pattern, text) and found == (kind(text), [kind(text)] * 2)
+
+
+@pytest.mark.parametrize("text", ["010", "012", "1:30", "0x10", "0b11", "1_000", "190:20:30", "no", "on", "2020-01-01"])
+def test_yaml_1_1_would_read_it_otherwise(text):
+    """Negative control: what the list of experiments and the parameters were read by."""
+    assert read_yaml(text) != yaml.safe_load(text)
+    assert read_yaml(text) == (int(text, 10) if text.isdigit() else text)
+
+
+@pytest.mark.parametrize("value, annotation", [(0, "list[int]"), ("0", "list[int]"), (0.5, "list[float]"),
+                                               ("tcr", "list[str]"), (3, "tuple[int, ...]")])  # fmt: skip
+def test_a_single_value_passes_for_a_list_of_one(value, annotation):
+    (found,) = conform("p", value, annotation)
+    assert str(found) == str(value)
+    for wrong in (None, {}, True):
+        with pytest.raises(InputError):
+            conform("p", wrong, annotation)
+
+
+def checked(*cells, **values):
+    """What a notebook makes of its parameters after cells were executed; no Python's annotations are asked."""
+    return check_parameters({"name": "x", "numbers": [1, 4], "rate": 0.5, "count": 2, "on": False, "options": {},
+                             "limit": None, "output": "", **values, "In": ["", PARAMETERS, *cells]})  # fmt: skip
+
+
+def test_annotations_are_read_from_the_text_of_the_cell():
+    assert checked(CHECK, numbers="2,3", count="010", rate="1e-3")["numbers"] == [2, 3]
+    assert checked(CHECK, count="010")["count"] == 10
+    with pytest.raises(InputError, match="count must be int"):
+        checked(CHECK, count="many")
+    assert checked("x: int = 3\nprint(x)", "%matplotlib inline", CHECK).keys() == checked(CHECK).keys()
+
+
+def test_the_last_injected_cell_counts_and_none_of_the_readers_own():
+    wrong, right, own = (f"# Parameters\n{name} = 3\n" for name in ("cuont", "count", "colour"))
+    with pytest.raises(InputError, match="no parameter 'cuont'; did you mean 'count'"):
+        checked(wrong, CHECK)
+    assert checked(wrong, CHECK, right, CHECK)
+    assert checked(CHECK, "print(1)", own, CHECK)
+    assert checked("# Parameters\ncolour = plot.colour\n", CHECK)  # not papermill's: it passes literals
+    assert checked("# Parameters\nPAPERMILL_INPUT_PATH = 'a.ipynb'\ncount = 3\n", CHECK)
+
+
+def test_papermills_own_names_pass(checking, tmp_path):
+    code, executed = by_papermill(checking, tmp_path, "--inject-paths", "-p", "numbers", "7")
+    assert code == 0 and "[7] 0.5" in executed.cells[-1].outputs[0].text

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from test_experiments import write_notebook
 from test_trees import plant
 
-from bagssl import data, pretraining, runs, trees
+from bagssl import data, paths, pretraining, runs, trees
 from bagssl.batch import kernels, notebook, reproduce, stages
 from bagssl.batch.experiments import load_experiments
 from bagssl.config import PretrainConfig
@@ -264,3 +264,21 @@ for _ in range(2):
 """
     words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert words == [str(len(os.sched_getaffinity(0))), "3", "1", "3"]
+
+
+@pytest.mark.parametrize("named, meant", [
+    ("some data", "{here}/some data"), ("~/data", "{home}/data"), ("../up", "{here}/../up"), ("/abs", "/abs"),
+    ("$HOME", "{here}/$HOME")])  # fmt: skip
+def test_a_folder_means_what_it_does_where_the_command_is_given(tmp_path, monkeypatch, named, meant):
+    """The kernel works in the folder of the notebooks: it is told the same folders, from the root on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    meant = Path(meant.format(here=tmp_path, home=tmp_path / "home"))
+    for variable, root in (("BAGSSL_DATA", paths.data_root), ("BAGSSL_RESULTS", paths.results_root),
+                           ("BAGSSL_RUNS", paths.runs_root)):  # fmt: skip
+        monkeypatch.setenv(variable, named)
+        assert root() == meant
+    cells = ["import os; from bagssl import paths; os.chdir('/')",
+             f"assert {{str(root()) for root in (paths.data_root, paths.runs_root)}} == {{{str(meant)!r}}}"]
+    write_notebook(tmp_path / "n.ipynb", cells)
+    assert kernels.Kernels().run(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {}, {}) == {}

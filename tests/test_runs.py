@@ -416,3 +416,19 @@ def test_a_run_held_elsewhere_is_waited_for_and_its_holders_death_frees_it(tmp_p
         assert (tmp_path / ".lock").exists() and len(said) == 1
     holder.stdin.close()
     holder.stdout.close()
+
+
+def test_another_repositorys_commit_is_not_ours(tmp_path, monkeypatch):
+    """Unpacked inside another repository: no commit, rather than a false one. Negative control: a checkout."""
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b", *words], check=True)
+
+    unpacked = tmp_path / "unpacked"
+    (unpacked / "bagssl").mkdir(parents=True)
+    (unpacked / "bagssl" / "runs.py").touch()
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "theirs")
+    monkeypatch.setattr(runs, "home", lambda: unpacked)
+    assert runs.provenance()["commit"] is None and runs.provenance()["dirty"] is None
+    (unpacked / "bagssl").rename(tmp_path / "bagssl")
+    monkeypatch.setattr(runs, "home", lambda: tmp_path)
+    assert len(runs.provenance()["commit"]) == 40 and runs.provenance()["dirty"] is True

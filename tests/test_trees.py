@@ -123,6 +123,71 @@ def test_every_mode_becomes_rgb(mode, tmp_path, root):
     np.testing.assert_array_equal(one_image(path, root), np.asarray(expected))
 
 
+def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path, root):
+    """Pillow opens a PGM of 16 bits as one of 32, of which 16 are used; its older versions a PNG as well."""
+    grey = picture(7)[:, :, 0]
+    header = f"P5 {grey.shape[1]} {grey.shape[0]} 65535\n".encode()
+    (tmp_path / "image.pgm").write_bytes(header + (grey.astype(">u2") * 257).tobytes())
+    expected = np.repeat(grey[:, :, None], 3, 2)
+    np.testing.assert_array_equal(one_image(tmp_path / "image.pgm", root), expected)
+    deep = Image.fromarray(grey.astype(np.int32) * 257)
+    np.testing.assert_array_equal(np.asarray(trees._rgb(deep, "PNG")), expected)
+    with pytest.raises(ValueError, match="32 bits"):
+        trees._rgb(deep, "TIFF")
+
+
+EXIF = {0x0112: 6, 0x011A: 72.0, 0x0131: "camera", 0x8769: {0x9003: "2020:01:01 00:00:00", 0x829A: 0.01}}
+
+
+@pytest.mark.parametrize("field", ["whole", "value out of range", "type that does not exist", "count too large",
+                                   "offset beyond the end", "cut short", "no header"])
+def test_a_sound_picture_with_odd_exif_is_read(field, tmp_path, root):
+    """Its pixels are those of the file; turned where the orientation can still be read."""
+    exif = Image.Exif()
+    for tag, value in EXIF.items():
+        exif[tag] = value
+    content = bytearray(exif.tobytes())
+    start = content.index(b"MM" if b"MM" in content else b"II") + 10  # the first entry: tag, type, count, value
+    if field == "value out of range":
+        content[start + 8 : start + 10] = b"\xff\xff"
+    elif field == "type that does not exist":
+        content[start + 2 : start + 4] = b"\xee\xee"
+    elif field == "count too large":
+        content[start + 4 : start + 8] = b"\xff" * 4
+    elif field == "offset beyond the end":
+        content[start + 12 + 8 : start + 12 + 12] = b"\xff" * 4
+    elif field == "cut short":
+        content = content[:start]
+    elif field == "no header":
+        content[6:10] = b"????"
+    Image.fromarray(picture(1, 8, 12)).save(tmp_path / "image.png", exif=bytes(content))
+    found, turned = one_image(tmp_path / "image.png", root), np.rot90(picture(1, 8, 12), -1)
+    sound = field in ("whole", "offset beyond the end")
+    assert np.array_equal(found, turned if found.shape == turned.shape else picture(1, 8, 12))
+    assert not sound or found.shape == turned.shape
+
+
+@pytest.mark.parametrize("second", ["val", "valid", "validation"])
+def test_the_second_split_may_be_called_as_imagenets_is(second, tmp_path, root):
+    tree = plant(tmp_path / "tree")
+    trees.add("one", tree, root=root)
+    (tree / "test").rename(tree / second)
+    trees.add("other", tree, root=root)
+    assert data.check("one", root) == data.check("other", root)
+    shutil.copytree(plant(tmp_path / "another", test=1) / "test", tree / "test")  # where there is one, it is taken
+    trees.add("third", tree, root=root)
+    assert len(data.load("third", "test", root)) == len(CLASSES)
+
+
+def test_a_letter_is_one_letter_in_whatever_codes(tmp_path, root):
+    tree = plant(tmp_path / "tree", classes=("caf\u00e9", "tea"))
+    trees.add("one", tree, root=root)
+    (tree / "test" / "caf\u00e9").rename(tree / "test" / "cafe\u0301")
+    trees.add("other", tree, root=root)
+    assert data.check("one", root) == data.check("other", root)
+    assert data.load("other", "test", root).classes == ("caf\u00e9", "tea")
+
+
 def test_orientation_is_applied(tmp_path, root):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90° clockwise to view
@@ -214,8 +279,15 @@ def a_file_for_a_tree(tree):
 
 
 def no_test_split(tree):
-    (tree / "test").rename(tree / "val")
+    (tree / "test").rename(tree / "testing")
     return {}, "has no folder test"
+
+
+def one_class_in_two_spellings(tree):
+    for split in data.SPLITS:
+        shutil.copytree(tree / split / "cat", tree / split / "e\u0301")
+        (tree / split / "cat").rename(tree / split / "\u00e9")
+    return {}, "has the class '\u00e9' twice, in two spellings"
 
 
 def empty_tree(tree):
@@ -391,7 +463,7 @@ def cifar_of_another_size(tree):
 
 
 ACTS = [
-    no_tree, a_file_for_a_tree, no_test_split, empty_tree, one_class, class_missing_in_test,
+    no_tree, a_file_for_a_tree, no_test_split, one_class_in_two_spellings, empty_tree, one_class, class_missing_in_test,
     class_missing_in_train, empty_class, image_outside_the_classes, folder_in_a_class, text_file,
     empty_image, truncated_image, damaged_image, truncated_jpeg, several_that_are_no_images, floating_point_image,
     decompression_bomb, mixed_sizes, link_out_of_the_tree, folder_link_out_of_the_tree, split_link_out_of_the_tree,

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from bagssl.errors import InputError, check_choice
+from bagssl.parameters import read_yaml
 from bagssl.paths import home
 
 PROFILES = ("smoke", "laptop", "paper")
@@ -41,10 +42,10 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
     folder = Path(notebooks or home() / "notebooks")
     path = folder / "experiments.yaml"
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run bagssl from a checkout of the project") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8
         raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
 
     def check(value: Any, where: str, required: set[str]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bagssl.batch.stages import read_record
+from bagssl.paths import data_root, results_root, runs_root
 
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
 KERNEL_KILLED, PROCESS_KILLED = "DeadKernelError", "DeadProcess"  # the enames of what was killed, or out of memory
@@ -70,7 +71,9 @@ class Kernels:
         package = str(Path(__file__).resolve().parents[2])
         environment = {**{name: value for name, value in os.environ.items() if name not in _OURS},
                        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-                       "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()), **environment}  # fmt: skip
+                       "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()),
+                       "BAGSSL_DATA": str(data_root()), "BAGSSL_RUNS": str(runs_root()),
+                       "BAGSSL_RESULTS": str(results_root()), **environment}  # fmt: skip
         with self.lock:
             if self.stopping:
                 return {"ename": "KeyboardInterrupt", "evalue": "not started"}

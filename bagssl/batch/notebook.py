@@ -1,12 +1,14 @@
 """One notebook, executed: by papermill in the process that `kernels.Kernels` starts, or bare, as a script."""
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
+import tempfile
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,10 +25,11 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
     from nbclient.exceptions import DeadKernelError
 
     try:
-        executed = papermill.execute_notebook(
-            notebook, target, parameters=parameters, cwd=notebook.parent, kernel_name="python3", language="python",
-            progress_bar={"file": sys.stdout, "mininterval": 0, "bar_format": "cell {n_fmt}/{total_fmt}\n"},
-            stdout_file=sys.stdout, stderr_file=sys.stdout)
+        with _surroundings():
+            executed = papermill.execute_notebook(
+                notebook, target, parameters=parameters, cwd=notebook.parent, kernel_name="python3", language="python",
+                progress_bar={"file": sys.stdout, "mininterval": 0, "bar_format": "cell {n_fmt}/{total_fmt}\n"},
+                stdout_file=sys.stdout, stderr_file=sys.stdout)
     except papermill.PapermillExecutionError as error:
         return {"ename": error.ename, "evalue": error.evalue, "cell": error.exec_count}
     except DeadKernelError:
@@ -40,6 +43,20 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
 
     target.with_suffix(".html").write_text(notebook_page(target), encoding="utf-8")
     return {}
+
+
+@contextlib.contextmanager
+def _surroundings() -> Iterator[None]:
+    """A kernel of this very interpreter, and nothing of what the reader has set for Jupyter, IPython or matplotlib."""
+    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "language": "python",
+            "display_name": "Python 3"}  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="bagssl-") as folder:
+        kernel = Path(folder, "kernels", "python3")
+        kernel.mkdir(parents=True)
+        (kernel / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+        Path(folder, "matplotlibrc").touch()
+        with mock.patch.dict(os.environ, JUPYTER_PATH=folder, IPYTHONDIR=folder, MATPLOTLIBRC=folder):
+            yield
 
 
 def normalise_notebook(path: Path) -> None:
@@ -99,9 +116,10 @@ def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
 
     shown = types.ModuleType("IPython.display")
     vars(shown).update(dict.fromkeys(("display", "HTML", "Image", "Markdown", "SVG"), nothing))
-    names: dict[str, Any] = {"__name__": "__main__", "display": nothing}
+    names: dict[str, Any] = {"__name__": "__main__", "display": nothing, "In": []}
     with mock.patch.dict(sys.modules, {"IPython.display": shown}):
         for number, cell in enumerate((cell for cell in notebook_cells(notebook) if cell["cell_type"] == "code"), 1):
+            names["In"].append("".join(cell["source"]))
             exec(compile("".join(cell["source"]), f"{notebook.name}, cell [{number}]", "exec"), names)  # noqa: S102
             if "parameters" in cell["metadata"].get("tags", []):
                 names.update(parameters)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -38,6 +39,7 @@ _BOLD = re.compile(r"\*\*(.*?)\*\*")  # the best cell of a table
 
 def style() -> None:
     """Set the one style of all figures: made for 7 inches of width in print."""
+    matplotlib.rcdefaults()  # whatever the reader's own matplotlibrc says
     sns.set_theme(context="paper", style="ticks", rc={
         "figure.figsize": (7, 3.5), "figure.dpi": 110, "figure.constrained_layout.use": True,
         "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "legend.fontsize": 8.5,

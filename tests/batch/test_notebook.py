@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import nbformat
 from test_experiments import write_notebook
 
 from bagssl.batch.notebook import normalise_notebook
-from bagssl.batch.reproduce import refresh_notebooks
+from bagssl.batch.reproduce import refresh_notebooks, reproduce
 from bagssl.paths import cores
 
 
@@ -27,6 +28,41 @@ def test_success_leaves_notebook_html_tables_status_and_provenance(results):
 
 def test_kernel_runs_in_the_notebooks_folder(results, notebooks):
     assert (results / "smoke/good/tables/sum.md").read_text() == f"2 0.5 [1, 4] {notebooks.name}"
+
+
+DRAWN = """import sys, matplotlib.pyplot as plt
+from bagssl.study import figures
+figures.style()
+figure, axis = plt.subplots()
+axis.plot([1, 2]); axis.set_title("a $x^2$")
+figures.save_figure(figure, output or __import__("os").environ["BAGSSL_OUTPUT"], "drawn")
+print(sys.executable, [name for name in ("left_by_a_profile",) if name in globals()])"""
+
+
+def test_nothing_that_the_reader_has_set_reaches_the_kernel(tmp_path, monkeypatch):
+    """Another kernel called python3, a start-up file, a matplotlibrc: the same figure to the byte, the same outputs."""
+    write_notebook(tmp_path / "n.ipynb", [DRAWN])
+    entry = {"artefact": "x", "notebook": "n.ipynb", "profiles": {"smoke": {"cost": "1 s", "parameters": {}}}}
+    (tmp_path / "experiments.yaml").write_text(json.dumps({"n": entry}))
+
+    def made(name):
+        assert reproduce(notebooks=tmp_path, results=tmp_path / name) == 0
+        folder = tmp_path / name / "smoke" / "n"
+        return {path.name: path.read_bytes() for path in folder.glob("figures/*")}, (folder / "n.ipynb").read_bytes()
+
+    plain = made("plain")
+    assert sys.executable in plain[1].decode()
+    home = tmp_path / "home"
+    (home / "kernels" / "python3").mkdir(parents=True)
+    (home / "kernels" / "python3" / "kernel.json").write_text(json.dumps(
+        {"argv": ["false", "{connection_file}"], "display_name": "another", "language": "python"}))
+    (home / "profile_default" / "startup").mkdir(parents=True)
+    (home / "profile_default" / "startup" / "a.py").write_text("left_by_a_profile = print('hello')")
+    (home / "matplotlibrc").write_text("text.usetex: True\nsavefig.transparent: True\naxes.xmargin: 0.3\n")
+    monkeypatch.setenv("JUPYTER_PATH", str(home))
+    monkeypatch.setenv("IPYTHONDIR", str(home))
+    monkeypatch.setenv("MATPLOTLIBRC", str(home))
+    assert made("surrounded") == plain
 
 
 def test_refresh_rewrites_in_place_and_twice_the_same(tmp_path):

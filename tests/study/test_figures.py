@@ -6,6 +6,7 @@ import io
 import re
 from html import unescape
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -224,3 +225,15 @@ def test_gain_figure_has_a_line_per_objective_from_the_lowest_to_the_highest():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["TCR", "MoCo v3"]
     ends = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 2]
     assert sorted(np.concatenate(ends)) == [50, 52, 58, 65]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("text.usetex", True), ("savefig.transparent", True), ("axes.xmargin", 0.4), ("font.family", ["serif"]),
+    ("savefig.bbox", "tight"), ("path.sketch", (1, 100, 2))])  # fmt: skip
+def test_the_style_is_the_same_whatever_matplotlibrc_says(name, value):
+    figures.style()
+    ours = dict(matplotlib.rcParams)
+    matplotlib.rcParams[name] = value
+    assert dict(matplotlib.rcParams) != ours
+    figures.style()
+    assert dict(matplotlib.rcParams) == ours
