@@ -237,9 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
     """A path that is no UTF-8 is printed as it is; what the terminal's encoding does not have is a question mark."""
-    odd = error.object[error.start : error.end]
-    escaped = b"".join(bytes([ord(c) - 0xDC00]) if 0xDC80 <= ord(c) <= 0xDCFF else b"?" for c in odd)
-    return escaped, error.end
+    codes = map(ord, error.object[error.start : error.end])
+    return b"".join(bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else b"?" for code in codes), error.end
 
 
 def _say(message: str, code: int) -> int:

@@ -48,12 +48,11 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
 @contextlib.contextmanager
 def _surroundings() -> Iterator[None]:
     """A kernel of this very interpreter, and nothing of what the reader has set for Jupyter, IPython or matplotlib."""
-    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "language": "python",
-            "display_name": "Python 3"}  # fmt: skip
+    words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     with tempfile.TemporaryDirectory(prefix="bagssl-") as folder:
         kernel = Path(folder, "kernels", "python3")
         kernel.mkdir(parents=True)
-        (kernel / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+        (kernel / "kernel.json").write_text(json.dumps({"argv": words, "language": "python", "display_name": ""}))
         Path(folder, "matplotlibrc").touch()
         with mock.patch.dict(os.environ, JUPYTER_PATH=folder, IPYTHONDIR=folder, MATPLOTLIBRC=folder):
             yield
