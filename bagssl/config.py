@@ -9,7 +9,7 @@ from typing import Any, Self
 from bagssl.augmentation import Augmentation
 from bagssl.encoders import BLOCKS
 from bagssl.errors import InputError, check_choice
-from bagssl.objectives import OBJECTIVES, TARGETS
+from bagssl.objectives import OBJECTIVES
 
 TRAININGS = ("patch-based", "multi-scale", "untrained")
 OPTIMISERS = ("sgd", "lars", "adamw")
@@ -18,7 +18,7 @@ OPTIMISERS = ("sgd", "lars", "adamw")
 TRAINED = {"training": TRAININGS[:2]}
 PATCH_BASED, MULTI_SCALE = {"training": ["patch-based"]}, {"training": ["multi-scale"]}
 LARS = {**TRAINED, "optimiser": ["lars"]}
-TARGETED = {**TRAINED, "objective": TARGETS}
+TARGETED = {**TRAINED, "needs_target": [True]}
 
 
 def setting(default: Any, low: float | None = None, high: float | None = None, *,
@@ -26,9 +26,9 @@ def setting(default: Any, low: float | None = None, high: float | None = None, *
             later: bool = False) -> Any:
     """A field with its range or its choices.
 
-    only: settings -> those of their values with which it decides anything; otherwise it is set back to its default, so
-    that one run serves every recipe that differs in nothing else. later: added after the first runs; at its default it
-    is not in `to_dict`, so that runs made before it keep their keys.
+    only: settings, or what follows from them -> those of their values with which it decides anything; otherwise it is
+    set back to its default, so that one run serves every recipe that differs in nothing else. later: added after the
+    first runs; at its default it is not in `to_dict`, so that runs made before it keep their keys.
     """
     declared = {"range": None if low is None else (low, high), "choices": choices, "only": only, "later": later}
     return field(**{"default_factory" if default is dict else "default": default}, metadata=declared)
@@ -118,8 +118,9 @@ class PretrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from names and values. Raises InputError for a name that does not exist."""
+        names = [each.name for each in fields(cls)]
         for name in values:
-            check_choice("setting", name, [each.name for each in fields(cls)])
+            check_choice("setting", name, names)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +139,16 @@ class PretrainConfig:
         if not (steps := round(self.epochs * per_epoch)):
             raise InputError(f"epochs = {self.epochs:g} of {per_epoch} steps is not one step: raise epochs")
         return steps
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether its objective compares with an averaged network."""
+        return OBJECTIVES[self.objective].needs_target
+
+    @property
+    def crops_per_step(self) -> int:
+        """Views of all images of a step."""
+        return self.views * self.batch_size
 
     @property
     def label(self) -> str:

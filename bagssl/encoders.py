@@ -67,7 +67,7 @@ class Encoder(nn.Module):
 
     def __init__(self, blocks: Sequence[int], width: int, conv: Callable[..., nn.Module] = Conv3x3):
         super().__init__()
-        self.dim = width * 2 ** (len(blocks) - 1)
+        self.dim = embedding_dim(blocks, width)
         self.conv1 = conv(3, width)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
@@ -90,6 +90,11 @@ class Encoder(nn.Module):
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         return x.permute(0, 2, 3, 1).flatten(1, 2).mean(dim=1)  # several times faster than over (2, 3), channels last
+
+
+def embedding_dim(blocks: Sequence[int], width: int) -> int:
+    """The dimensions of h: the channels of the last stage."""
+    return width * 2 ** (len(blocks) - 1)
 
 
 def build_encoder(name: str, width: int = 64, seed: int = 0, conv: Callable[..., nn.Module] = Conv3x3) -> Encoder:

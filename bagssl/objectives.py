@@ -32,13 +32,11 @@ class Objective:
 
 
 OBJECTIVES: dict[str, Objective] = {}
-TARGETS: set[str] = set()  # the names of those that need one
 
 
 def objective(needs_target: bool = False, **options: float) -> Callable[[Callable[..., Terms]], Objective]:
     """Put the decorated function into OBJECTIVES, by its name, with what it declares: see `Objective`."""
     def known(function: Callable[..., Terms]) -> Objective:
-        (TARGETS.add if needs_target else TARGETS.discard)(function.__name__)
         OBJECTIVES[function.__name__] = Objective(function, needs_target, **options)
         return OBJECTIVES[function.__name__]
 

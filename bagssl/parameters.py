@@ -48,15 +48,15 @@ def notebook_parameters(notebook: Path) -> dict[str, tuple[Any, str]]:
     if len(cells) != 1:
         raise InputError(f"{notebook} must have one cell tagged 'parameters'; it has {len(cells)}")
     try:
-        return _declared("".join(cells[0]["source"]))
+        return _declared(ast.parse("".join(cells[0]["source"])).body)
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{notebook}: the parameters cell must hold literals only ({error})") from None
 
 
-def _declared(source: str) -> dict[str, tuple[Any, str]]:
+def _declared(body: list[ast.stmt]) -> dict[str, tuple[Any, str]]:
     """The names that a cell sets to literals; annotations are read from the text: not every Python keeps them."""
     found = {}
-    for node in ast.parse(source).body:
+    for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
             found[node.target.id] = (ast.literal_eval(node.value), ast.unparse(node.annotation))
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -131,12 +131,11 @@ def check_parameters(names: dict[str, Any]) -> dict[str, Any]:
     """
     known, injected, after = {}, [], False  # after: the cell of parameters, or this check
     for source in names.get("In", ()):
-        cell = _assigned(source)
-        annotated = bool(cell) and all(isinstance(node, ast.AnnAssign) for node in cell)
+        declared, annotated = _literals(source)
         if annotated:
-            known, injected = known | _declared(source), []  # executed again, after a change perhaps
-        elif cell and after and source.startswith("# Parameters\n"):
-            injected = [node.targets[0].id for node in cell]  # papermill's cell; corrected, the last one counts
+            known, injected = known | declared, []  # executed again, after a change perhaps
+        elif after and source.startswith("# Parameters\n"):
+            injected = list(declared)  # papermill's cell; corrected, the last one counts
         after = annotated or "check_parameters(" in source
     for name in injected:
         if name not in known and not name.startswith("PAPERMILL_"):
@@ -146,10 +145,10 @@ def check_parameters(names: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _assigned(source: str) -> list[ast.AnnAssign | ast.Assign]:
-    """The assignments of literals to names that a cell consists of; none when it holds anything else."""
+def _literals(source: str) -> tuple[dict[str, tuple[Any, str]], bool]:
+    """What a cell that only sets names to literals declares, and whether it annotates all; of other cells nothing."""
     with contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError):
         body = ast.parse(source).body
-        if len(_declared(source)) == len(body):
-            return body
-    return []
+        if body and len(declared := _declared(body)) == len(body):
+            return declared, all(isinstance(node, ast.AnnAssign) for node in body)
+    return {}, False

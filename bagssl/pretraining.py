@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from bagssl.colours import apply_colour
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.devices import pick_compiled, pick_device, pick_precision
-from bagssl.encoders import build_encoder, build_predictor, build_projector
+from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projector, embedding_dim
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.objectives import OBJECTIVES, Terms, spread
 from bagssl.optimisers import build_optimiser
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
     the bit. Raises Diverged when a loss term is not finite or the projections collapse,
     InputError when there are fewer images than one batch holds, or a finished run is damaged.
     """
-    crops = config.steps(len(images)) * config.batch_size * config.views  # what is refused, before a folder is made
+    crops = config.steps(len(images)) * config.crops_per_step  # what is refused, before a folder is made
     device = torch.device(pick_device(device))
     compiled = pick_compiled(compiled, device, crops)
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
@@ -89,11 +89,13 @@ class Model(nn.Module):
 def build_model(config: PretrainConfig) -> Model:
     """The networks that `config` trains, with the weights of its seed, on the CPU."""
     encoder = build_encoder(config.encoder, config.width, config.seed)
-    hidden, dim = config.projector_hidden, config.projector_dim
-    projector = build_projector(config.objective, encoder.dim, hidden, dim, config.seed)
-    if not OBJECTIVES[config.objective].needs_target:
-        return Model(encoder, projector)
-    return Model(encoder, projector, build_predictor(dim, hidden, config.seed))
+    sizes = config.projector_dim, config.projector_hidden
+    return Model(encoder, _projector(config), build_predictor(*sizes, config.seed) if config.needs_target else None)
+
+
+def _projector(config: PretrainConfig) -> nn.Module:
+    dim = embedding_dim(BLOCKS[config.encoder], config.width)
+    return build_projector(config.objective, dim, config.projector_hidden, config.projector_dim, config.seed)
 
 
 class Learner:
@@ -110,7 +112,7 @@ class Learner:
         self.augmentation, self.generator = config.augmentation(), torch.Generator(device)
         self.model = build_model(config).to(device, memory_format=torch.channels_last).train()
         self.objective, self.teacher = OBJECTIVES[config.objective], None
-        if self.objective.needs_target:
+        if config.needs_target:
             self.teacher = copy.deepcopy(Model(self.model.encoder, self.model.projector))
         self.optimiser = build_optimiser(config, self.model, capturable="graphs" in compiled)
         self.colour = torch.compile(apply_colour) if compiled.startswith(("colours", "all")) else apply_colour
@@ -226,7 +228,7 @@ def _train(learner: Learner, images: Images, run: Run, deadline: float, checkpoi
            progress: bool) -> None:
     config, order = learner.config, None
     per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
-    crops = config.batch_size * config.views  # of a step
+    crops = config.crops_per_step
     record = _Record(learner, run, steps, per_epoch)
     take_step = _Replayed(learner) if "graphs" in learner.compiled else learner.step
     with _signals() as stop, progress_bar(steps * crops, record.step * crops, config.label, progress) as bar:
@@ -301,7 +303,7 @@ class _Record:
         self._check(means)
         now, config = time.monotonic(), self.learner.config
         elapsed, self.seconds, self.clock = now - self.clock, self.seconds + now - self.clock, now
-        crops = config.batch_size * config.views
+        crops = config.crops_per_step
         self.history.append({
             "step": self.step, "epoch": self.step / self.per_epoch, "crops": self.step * crops, "learning_rate": rate,
             "crops_per_second": round((self.step - self.logged) * crops / max(elapsed, 1e-9), 1), **means})
@@ -333,7 +335,7 @@ class _Record:
         learner, config, steps = self.learner, self.learner.config, self.steps
         last = self.history[-1] if self.history else {}
         metrics = {
-            "steps": steps, "epochs": steps / max(self.per_epoch, 1), "crops": steps * config.batch_size * config.views,
+            "steps": steps, "epochs": steps / max(self.per_epoch, 1), "crops": steps * config.crops_per_step,
             "images": len(images), "seconds": round(self.seconds, 3),
             "final": {name: value for name, value in last.items() if name not in _COLUMNS},
         }  # fmt: skip
@@ -383,18 +385,18 @@ def _signals() -> Iterator[list[int]]:
 
 def load_encoder(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     """The run's encoder in evaluation mode: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim]."""
-    return _load(run, "encoder").to(device)
+    return _load(run, "encoder", lambda config: build_encoder(config.encoder, config.width)).to(device)
 
 
 def load_projector(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     """The run's projector in evaluation mode: h [batch, dim] -> z [batch, projector_dim]."""
-    return _load(run, "projector").to(device)
+    return _load(run, "projector", _projector).to(device)
 
 
-def _load(run: Run, network: str) -> nn.Module:
+def _load(run: Run, network: str, build: Callable[[PretrainConfig], nn.Module]) -> nn.Module:
     values, path = run.config, run.path / "config.json"
     try:
-        module = getattr(build_model(PretrainConfig.from_dict(values)), network)
+        module = build(PretrainConfig.from_dict(values))
     except InputError as error:
         raise InputError(f"{path}, perhaps of a newer bagssl, is not understood: {error}") from error
     tensors = {name.removeprefix(f"{network}."): tensor for name, tensor in run.weights().items()

@@ -224,8 +224,10 @@ def open_run(config: dict[str, Any], fingerprint: str, label: str, root: Path | 
     """The run of `config` on the data with `fingerprint`; its folder is made, `label` leads its name."""
     run = Run((root or runs_root()) / f"{label}-{run_key(config, fingerprint)}")
     path, content = run.path / "config.json", {"recipe": RECIPE, "config": config, "data": fingerprint}
-    if _known(lambda: read_json(path)) != content:  # the folder's key says that nothing else can have stood there
-        write_json(path, content)
+    with contextlib.suppress(InputError):
+        if read_json(path) == content:
+            return run
+    write_json(path, content)  # absent or damaged: the folder's key says that nothing else can have stood there
     return run
 
 

@@ -79,7 +79,7 @@ def _ensure_data(dataset: str) -> None:
     from bagssl import data, trees
 
     if not data.available(dataset):
-        if dataset not in {"cifar10", "cifar100"}:
+        if dataset not in data.CIFAR:
             data.load(dataset, "train")  # raises, and says how to add it
         print(trees.get(dataset), flush=True)
 

@@ -41,7 +41,7 @@ def run_steps(machine: Machine, config: PretrainConfig, steps: int) -> tuple[lis
 
 def short_run(machine: Machine, config: PretrainConfig) -> int:
     """Steps of a run that is short, but long against its beginning and end."""
-    return max(2, machine.size["crops"][config.size] // (4 * config.views * config.batch_size))
+    return max(2, machine.size["crops"][config.size] // (4 * config.crops_per_step))
 
 
 def embed_patches(machine: Machine, encoder: nn.Module, pixels: Tensor, k: int, size: int) -> Work:

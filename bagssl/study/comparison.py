@@ -74,7 +74,7 @@ def over_seeds(measured: pd.DataFrame) -> pd.DataFrame:
 
 def value(table: pd.DataFrame, **where: Any) -> float:
     """The mean accuracy of the one row that `where` names, in per cent. Raises KeyError when it is not one row."""
-    chosen = table[(table[list(where)] == list(where.values())).all(axis=1)]
+    chosen = _rows(table, **where)
     if len(chosen) != 1:
         raise KeyError(f"{len(chosen)} rows have {where}")
     return float(chosen["accuracy_mean"].iloc[0])
@@ -95,16 +95,16 @@ def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFram
     rows, chosen = [], measured[measured["feature"] == "h"]
     objectives = [name for name in chosen["objective"].unique() if name != "none"]
     for objective, probe, pair in product(objectives, chosen["probe"].unique(), pairs):
-        a, b = (_arm(chosen, objective, probe, *arm) for arm in pair)
+        a, b = (_rows(chosen, objective="none" if training == "untrained" else objective, probe=probe,
+                      training=training, k=k) for training, k in pair)
         first, second = (f"{training}, {'centre crop' if k == 0 else f'K = {k}'}" for training, k in pair)
         named = {"objective": objective, "probe": probe, "first": first, "second": second}
         rows.append({**named, **difference(a, b, images)})
     return pd.DataFrame(rows)
 
 
-def _arm(measured: pd.DataFrame, objective: str, probe: str, training: str, k: int) -> pd.DataFrame:
-    name = "none" if training == "untrained" else objective
-    return measured[(measured[["objective", "probe", "training", "k"]] == [name, probe, training, k]).all(axis=1)]
+def _rows(table: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    return table[(table[list(where)] == list(where.values())).all(axis=1)]
 
 
 def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from torch import Generator, Tensor, nn
 
 from bagssl import bags, colours, intervals, patches
 from bagssl.augmentation import Augmentation
+from bagssl.config import PretrainConfig
 from bagssl.errors import InputError
 from bagssl.intervals import Estimate
 
 BLOCK = 2**23  # similarities looked at at a time
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}  # PretrainConfig's defaults
+JITTER = {name: getattr(PretrainConfig, name) for name in ("brightness", "contrast", "saturation", "hue")}  # defaults
 
 
 @dataclass(frozen=True, eq=False)
