@@ -51,13 +51,21 @@ def evaluate(run: Run, train: Images, test: Images | float, ks: Sequence[int], *
         "train": train.fingerprint, "test": test.fingerprint if isinstance(test, Images) else {"held_out": test},
         "weights": run.metrics["weights_sha256"],
     }  # fmt: skip
-    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    path = run.path / "evaluations" / f"{key}.json"
-    if (rows := _kept(path)) is None:
+    path = _place(run, protocol)
+    if (rows := _kept(path)) is None and run.halved:  # not to be taken for what the weights themselves give
+        protocol["rounded"] = "fp16"
+        path = _place(run, protocol)
+        rows = _kept(path)
+    if rows is None:
         rows = _measure(run, train, test, protocol, pick_device(device), progress)
         runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
         rows = _kept(path)  # as the next call will find them
     return rows
+
+
+def _place(run: Run, protocol: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    return run.path / "evaluations" / f"{key}.json"
 
 
 def _kept(path: Path) -> list[dict[str, Any]] | None:
@@ -130,8 +138,8 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
     scales, dim = scales if isinstance(scales, list) else [scales], networks["h"].dim
 
     def place(scale: float, feature: str, k: int) -> tuple:  # the whole image has no scale
-        where = (protocol["weights"], images.fingerprint, protocol["size"], seed, device, scale if k else 1)
-        return (*where, feature, k)
+        where = (images.fingerprint, protocol["size"], seed, device, scale if k else 1)
+        return (protocol["weights"], protocol.get("rounded"), *where, feature, k)
 
     for scale in scales:
         if missing := [k for k in ks if any(place(scale, feature, k) not in _recent for feature in features)]:

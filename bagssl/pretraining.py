@@ -1,6 +1,6 @@
 """Pre-training: the one loop, from a configuration and images to a run.
 
-The life of a crop. A dataset lies on the device as uint8 pixels. For each step `_train` takes the next images of the
+The life of a crop. A dataset lies on the device as uint8 pixels. For each step `train` takes the next images of the
 epoch's order, and seeds a generator anew. From it `Learner.step` draws boxes and colours for `views` patches of each
 image (`patches.draw`); cut, resized and coloured (`patches.apply`) they are patches [V, B, 3, s, s]. The encoder embeds
 each as h [V, B, dim]; the projector, and beside an averaged network the predictor, maps h to z [V, B, D] (`Model`). The
@@ -65,7 +65,7 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
         if not run.finished:  # it may have been finished while we waited
             runs.reopen(run)
             learner = Learner(config, images.pixels, device, pick_precision(precision, device), compiled)
-            _train(learner, images, run, deadline, checkpoint_every, progress)
+            train(learner, images, run, deadline, checkpoint_every, progress)
     return run
 
 
@@ -224,8 +224,9 @@ class _Replayed:
 # ---- the loop
 
 
-def _train(learner: Learner, images: Images, run: Run, deadline: float, checkpoint_every: float,
-           progress: bool) -> None:
+def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf, checkpoint_every: float = 60.0,
+          progress: bool = True) -> None:
+    """Take the steps of `run` that are left, and finish its record; see `pretrain` for what may stop it."""
     config, order = learner.config, None
     per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
     crops = config.crops_per_step

@@ -4,7 +4,7 @@
         config.json          the configuration, the recipe version and the data's fingerprint: what the key is made of
         checkpoint.pt        while training: everything needed to go on, to the bit
         history.csv          one row per log interval: step, crops, learning rate, throughput, named loss terms
-        weights.safetensors  encoder and projector
+        weights.safetensors  encoder and projector; or weights-fp16.safetensors, rounded to travel
         metrics.json         crops seen, last loss terms, hashes: written last, so it marks the end
         provenance.json      commit, versions, hardware, precision, wall time
         evaluations/         accuracies measured on the run, one file per protocol
@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from bagssl.errors import InputError, Stopped
@@ -45,6 +45,7 @@ from bagssl.progress import notice
 RECIPE = 1
 _MARK = "metrics.json"  # of a finished run
 _RECORD = ("history.csv", "provenance.json")  # what `finish` writes after the weights and before the mark
+_WEIGHTS, _HALF = "weights.safetensors", "weights-fp16.safetensors"
 _AGAIN = "delete the folder to train the run again"
 
 
@@ -115,11 +116,16 @@ class Run:
         """The files that a finished run no longer has in its record; one that is not finished has lost none."""
         return [name for name in _RECORD if (self.path / _MARK).exists() and not (self.path / name).exists()]
 
+    @property
+    def halved(self) -> bool:
+        """Whether its weights are there as fp16 alone: what is measured with them may differ in the last digits."""
+        return (self.path / _HALF).exists() and not (self.path / _WEIGHTS).exists()
+
     def check(self) -> None:
         """Raises InputError when what it holds is not what was written; that it holds no weights is no damage."""
         _ = self.history, self.provenance
-        if (self.path / "weights.safetensors").exists():
-            self._sound_weights()
+        if self.halved or (self.path / _WEIGHTS).exists():
+            self.weights()
 
     def __repr__(self) -> str:
         return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
@@ -130,22 +136,23 @@ class Run:
                 f"<div><b>{title}</b><br>{'<br>'.join(lines)}</div></div>")  # fmt: skip
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The tensors of encoder and projector, by name. Raises InputError when the file is not the one written."""
+        """The tensors of encoder and projector in fp32, by name. Raises InputError when a file is not the one written.
+        """
+        path = self.path / (_HALF if self.halved else _WEIGHTS)
         try:
-            return load(self._sound_weights())
+            return _from_half(path, self.metrics) if self.halved else load(self._sound_weights())
         except SafetensorError as error:
-            path = self.path / "weights.safetensors"
             raise InputError(f"{path} is no safetensors file ({error}); {_AGAIN}") from error
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
 
     def _sound_weights(self) -> bytes:
-        path = self.path / "weights.safetensors"
+        path = self.path / _WEIGHTS
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             remedy = f"copy {path.name} from where it was trained; or {_AGAIN}"
             raise InputError(f"{self.path} has no weights: {remedy}") from None
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         if _digest(content) != self.metrics.get("weights_sha256"):
             raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
         return content
@@ -180,7 +187,8 @@ def _state(run: Run, config: Any, metrics: Any) -> str:
     crops = _known(lambda: f": {metrics['crops']:,} crops")
     if run.finished:
         took = "" if committed() else _known(lambda: f" in {metrics['seconds']:,.0f} s")
-        return f"finished{crops}{took}{_known(lambda: ', ' + machine(run.provenance['hardware']))}"
+        made = f"finished{crops}{took}{_known(lambda: ', ' + machine(run.provenance['hardware']))}"
+        return made + ", weights as fp16" * run.halved
     if not run.path.exists():
         return "its folder is gone"
     if run.lost:
@@ -305,6 +313,25 @@ def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metr
     write_json(run.path / "provenance.json", record)
     write_json(run.path / _MARK, {**metrics, "weights_sha256": _digest(weights), "history_sha256": _digest(rows)})
     drop_checkpoint(run)
+
+
+def write_half(run: Run, path: Path) -> None:
+    """The weights of a finished run rounded to fp16, a file of half the size, which says whose they are."""
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in run.weights().items()}
+    about = {"of": run.metrics["weights_sha256"], "sha256": _digest(save(half))}
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(save(half, about))
+
+
+def _from_half(path: Path, metrics: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a file by `write_half` as fp32. Raises InputError when it is damaged, or of another run."""
+    with safe_open(path, "pt") as stream:
+        about, half = stream.metadata() or {}, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    if about.get("sha256") != _digest(save(half)):
+        raise InputError(f"{path} is damaged (its SHA-256 differs); delete it, or copy it again")
+    if about.get("of") != metrics.get("weights_sha256"):
+        raise InputError(f"{path} is of another run: copy the one that belongs to {path.parent.name}")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in half.items()}
 
 
 def drop_checkpoint(run: Run) -> None:

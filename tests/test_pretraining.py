@@ -108,7 +108,7 @@ def on_meta(images, monkeypatch):
         config, few = PretrainConfig.from_dict({**recipe, **settings}), images.take(torch.arange(16))
         with copies:
             learner = Learner(config, few.pixels, torch.device("meta"), torch.float32, "none")
-            pretraining._train(learner, few, None, math.inf, 1e9, False)
+            pretraining.train(learner, few, None, math.inf, 1e9, False)
         return copies.waited
 
     return train
@@ -301,11 +301,11 @@ from bagssl import pretraining
 from bagssl.config import PretrainConfig
 from bagssl.data import load
 from bagssl.errors import Stopped
-trained = pretraining._train
+trained = pretraining.train
 def told(*arguments):
     print("training", flush=True)
     return trained(*arguments)
-pretraining._train = told
+pretraining.train = told
 images = load("synthetic", "train").take(torch.arange(0, 4000, 50))
 config = PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=40)
 try:

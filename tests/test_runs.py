@@ -87,6 +87,40 @@ def test_a_run_whose_weights_were_left_elsewhere_still_says_what_was_measured(tm
     refused(lambda: evaluate(run, IMAGES, 0.5, [4], **how), "has no weights")
 
 
+def test_weights_as_fp16_travel_and_what_they_give_is_not_taken_for_what_fp32_gives(tmp_path):
+    run = train(tmp_path)
+    how = {"probes": ["knn"], "scale": 1, "progress": False}
+    exact, rows = run.weights(), evaluate(run, IMAGES, 0.5, [0], **how)
+    runs.write_half(run, half := run.path / "weights-fp16.safetensors")
+    assert not run.halved and same(run.weights(), exact)
+    whole = (run.path / "weights.safetensors").stat().st_size
+    (run.path / "weights.safetensors").unlink()
+    assert run.halved and "weights as fp16" in repr(run) and half.stat().st_size < 0.6 * whole
+    rounded = run.weights()
+    assert all(tensor.dtype == exact[name].dtype for name, tensor in rounded.items())
+    assert all(torch.allclose(tensor, exact[name], rtol=1e-3, atol=1e-6) for name, tensor in rounded.items())
+    assert not same(rounded, exact) and train(tmp_path) == run and load_encoder(run)
+    assert evaluate(run, IMAGES, 0.5, [0], **how) == rows and len(list((run.path / "evaluations").iterdir())) == 1
+    evaluate(run, IMAGES, 0.5, [4], **how)
+    protocols = [runs.read_json(path)["protocol"] for path in (run.path / "evaluations").iterdir()]
+    assert sorted(protocol.get("rounded", "") for protocol in protocols) == ["", "fp16"]
+
+
+def test_weights_as_fp16_that_are_damaged_or_of_another_run_are_refused(tmp_path):
+    run = train(tmp_path)
+    other = pretrain(PretrainConfig(**{**TINY, "seed": 1}), IMAGES, tmp_path, progress=False)
+    runs.write_half(run, half := run.path / "weights-fp16.safetensors")
+    (run.path / "weights.safetensors").unlink()
+    content = half.read_bytes()
+    half.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for use in (run.weights, run.check, lambda: load_encoder(run)):
+        refused(use, "is damaged .its SHA-256 differs")
+    half.write_bytes(content[: len(content) // 2])
+    refused(run.weights, "is no safetensors file")
+    runs.write_half(other, half)
+    refused(run.weights, f"is of another run: copy the one that belongs to {run.path.name}")
+
+
 def test_while_a_lost_file_is_trained_again_the_old_mark_is_gone(tmp_path):
     run = train(tmp_path)
     (run.path / "history.csv").unlink()

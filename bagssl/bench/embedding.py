@@ -9,12 +9,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import conv3x3
 
 from bagssl import data, objectives, patches, probes
 from bagssl.bench.race import ROUNDS, Machine, Work, compared, exponent, memory_of, race, timed
-from bagssl.bench.works import embed_patches, train_steps
+from bagssl.bench.works import embed_patches, flops, product, train_steps
 from bagssl.encoders import Conv3x3, build_encoder
 
 
@@ -42,10 +42,20 @@ def aggregation(machine: Machine) -> Iterator[dict]:
 
     rates = machine.race({"bagssl": embed_patches(machine, encoder, pixels, ks[-1], size), "a pass for each K": plain})
     yield compared(f"bags up to K = {ks[-1]} at {size} px", rates, "crops/s", 1.3)
+    yield from _whole(machine, encoder, ks[-1], size)
+
+
+def _whole(machine: Machine, encoder: nn.Module, k: int, size: int) -> Iterator[dict]:
+    """A dataset's bags from start to end, compilation counted: seconds, and the share of the machine's own rate."""
     pixels = torch.cat([machine.train.pixels, machine.test.pixels])[: machine.size["whole"]]
-    _, seconds = timed(embed_patches(machine, encoder, pixels, ks[-1], size))  # warm from the race
-    yield {"measure": f"{len(pixels):,} images, {ks[-1]} patches of each at {size} px", "unit": "s", "ratio": seconds,
-           "rounds": 1, "most": 90 if machine.device.type == "cuda" else None}  # fmt: skip
+    by = machine.race({"": product(machine)})[""]
+    count, seconds = timed(embed_patches(machine, encoder, pixels, k, size))
+    rate = count * flops(machine.config(size), backward=False) / seconds
+    cuda, kind = machine.device.type == "cuda", str(machine.dtype).removeprefix("torch.")
+    measure = f"{len(pixels):,} images, {k} patches of each at {size} px"
+    yield {"measure": measure, "unit": "s", "ratio": seconds, "rounds": 1, "most": 90 if cuda else None}
+    yield compared(f"{measure}: share of the {kind} rate", {"embedding": [rate] * len(by), f"{kind} product": by},
+                   "FLOP/s", 0.40 if cuda else None)  # fmt: skip
 
 
 def coding_rate(machine: Machine) -> Iterator[dict]:

@@ -36,6 +36,7 @@ class Machine:
     def __init__(self, dataset: str | None = None, quick: bool = False):
         self.device = torch.device(devices.pick_device("auto"))
         self.dtype = devices.pick_precision("auto", self.device)
+        self.long = devices.pick_compiled("auto", self.device, devices.COMPILE_FROM)  # what a long run compiles
         self.quick = quick
         self.size = {**(CUDA if self.device.type == "cuda" else CPU), **(QUICK if quick else {})}
         self.cores = cores()

@@ -8,23 +8,34 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from bagssl import bags, pretraining
+from bagssl import bags, pretraining, runs
 from bagssl.bench.race import Machine, Work
 from bagssl.config import PretrainConfig
+from bagssl.devices import pick_compiled
+from bagssl.encoders import build_encoder, build_projector
+from bagssl.pretraining import Learner
 
 
-def train_steps(machine: Machine, config: PretrainConfig, count: int) -> Work:
-    """A run of `count` steps, a new seed each time: its crops and seconds after the first tenth, which warms up.
+def train_steps(machine: Machine, config: PretrainConfig, count: int, compiled: str = "auto") -> Work:
+    """A run of `count` steps: its crops and seconds after the first tenth, which warms up.
 
-    It logs as rarely as a long run does: a log waits for the device.
+    It logs as rarely as a long run does: a log waits for the device. Each call trains the same networks on, so that
+    what is compiled is compiled once. compiled: see `devices.pick_compiled`.
     """
-    seeds = iter(range(10**9))
+    config, learner = replace(config, epochs=count / (len(machine.train) // config.batch_size)), None
 
     def work() -> tuple[int, float]:
-        with mock.patch.object(pretraining, "LOGS", 10):
-            history, _ = run_steps(machine, replace(config, seed=next(seeds)), count)
-        rows = [{"crops": 0}, *history][len(history) > 1 :]
+        nonlocal learner
+        if learner is None:
+            how = machine.device, machine.dtype, pick_compiled(compiled, machine.device, count * config.crops_per_step)
+            learner = Learner(config, machine.train.pixels, *how)
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(pretraining, "LOGS", 10):
+            run = runs.open_run(config.to_dict(), machine.train.fingerprint, config.label, Path(folder))
+            pretraining.train(learner, machine.train, run, progress=False)
+            rows = [{"crops": 0}, *run.history]
+        rows = rows[len(rows) > 2 :]
         seconds = sum((row["crops"] - before["crops"]) / row["crops_per_second"] for before, row in pairwise(rows))
         return int(rows[-1]["crops"] - rows[0]["crops"]), seconds
 
@@ -64,3 +75,16 @@ def product(machine: Machine) -> Work:
         return 2 * n**3
 
     return work
+
+
+def flops(config: PretrainConfig, backward: bool) -> float:
+    """Floating-point operations per crop of the encoder, and of the projector where it is trained."""
+    encoder = build_encoder(config.encoder, config.width)
+    projector = build_projector(config.objective, encoder.dim, config.projector_hidden, config.projector_dim)
+    crops = torch.rand(2, 3, config.size, config.size)
+    with FlopCounterMode(display=False) as counter:
+        if backward:
+            projector(encoder(crops)).sum().backward()
+        else:
+            encoder(crops)
+    return counter.get_total_flops() / len(crops)

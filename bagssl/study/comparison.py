@@ -170,12 +170,13 @@ def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images
     """What made the results, as a table; the records of the runs (all but their weights) are copied to output/runs."""
     for run in trained:
         shutil.copytree(run.path, output / "runs" / run.path.name, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("weights.safetensors", "checkpoint.pt", ".*"))  # fmt: skip
+                        ignore=shutil.ignore_patterns("weights*.safetensors", "checkpoint.pt", ".*"))  # fmt: skip
     record = runs.provenance()
     rows = {**record["versions"], **record["hardware"], "commit": record["commit"], "changed since": record["dirty"],
             **{f"{name} data": split.fingerprint[:16] for name, split in images.items()},
             **{f"parameter {name}": str(given) for name, given in (parameters or {}).items()},
-            "runs": ", ".join(run.path.name for run in trained), "time (UTC)": record["time"]}  # fmt: skip
+            "runs": ", ".join(run.path.name + " (weights as fp16)" * run.halved for run in trained),
+            "time (UTC)": record["time"]}  # fmt: skip
     if runs.committed():
         for name in ("commit", "changed since", "time (UTC)"):
             del rows[name]
