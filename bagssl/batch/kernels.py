@@ -62,7 +62,7 @@ class Kernels:
         self.stopping = False
 
     def run(self, notebook: Path, target: Path, parameters: Mapping, environment: Mapping[str, str]) -> dict:
-        """Execute `notebook` into `target`, HTML and log.txt beside it.
+        """Execute `notebook` into `target`, log.txt beside it.
 
         parameters: to inject. environment: variables for the kernel, beside those of this process. Returns the error
         that ended it, {ename, evalue, cell}, or {} when it ran to its end.

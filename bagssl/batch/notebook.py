@@ -20,7 +20,8 @@ from bagssl.paths import write_atomically
 
 
 def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Execute by papermill and write the normalised notebook and its HTML; the error {ename, evalue, cell}, or {}."""
+    """Execute by papermill and write the normalised notebook; the error {ename, evalue, cell}, or {}."""
+    sys.modules["rfc3987_syntax"] = None  # jsonschema would make a grammar of it, for seconds; we check no address
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -39,9 +40,6 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[s
            for cell in code):  # papermill passes SystemExit
         return {"ename": "SystemExit", "evalue": "the notebook ended before its last cell"}
     normalise_notebook(target)
-    from bagssl.batch.report import notebook_page
-
-    target.with_suffix(".html").write_text(notebook_page(target), encoding="utf-8")
     return {}
 
 

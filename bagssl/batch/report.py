@@ -84,7 +84,7 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
 def _experiment(folder: Path) -> dict[str, Any]:
     provenance, notebook = read_json(folder / "provenance.json"), folder / f"{folder.name}.ipynb"
     story, page = _story(notebook), notebook.with_suffix(".html")
-    if story["title"] and not page.exists():  # pages of committed results are not committed
+    if notebook.exists() and not page.exists():
         with write_atomically(page) as path:
             path.write_text(notebook_page(notebook), encoding="utf-8")
     dataset = next(iter(provenance.get("data") or {}), "")
