@@ -43,6 +43,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def size(text: str) -> int:
+    """Bytes: 15MiB, 16MB, 500KiB, 1GiB, or a number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(i?)B)?", text.strip())
+    if not match or not (count := float(match[1]) * (1024 if match[3] else 1000) ** "_KMG".index(match[2] or "_")) >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 15MiB, 16MB or a number of bytes")
+    return int(count)
+
+
 def assignments(texts: Sequence[str]) -> dict[str, str]:
     """name=value, several of them, to a mapping; the values stay text until their type is known."""
     found: dict[str, str] = {}
@@ -130,6 +138,27 @@ def pretrain(arguments: argparse.Namespace) -> None:
     print(os.path.relpath(run.path))
 
 
+def runs_list(arguments: argparse.Namespace) -> None:
+    from bagssl.overview import row
+    from bagssl.runs import list_runs
+
+    print(table([("RUN", "STATE", "CROPS", "SECONDS", "MACHINE", "WEIGHTS", "ACCURACY"), *map(row, list_runs())]))
+
+
+def runs_export(arguments: argparse.Namespace) -> None:
+    from bagssl.overview import choose
+    from bagssl.packing import export
+
+    for path in export(choose(arguments.name), arguments.folder, arguments.part, arguments.weights):
+        print(os.path.relpath(path))
+
+
+def runs_import(arguments: argparse.Namespace) -> None:
+    from bagssl.packing import unpack
+
+    print(*unpack(arguments.file), sep="\n")
+
+
 def notebooks(arguments: argparse.Namespace) -> int:
     from bagssl.batch.reproduce import refresh_notebooks
 
@@ -192,6 +221,18 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", help="a whole number")
     options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
     options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+
+    options = command("runs", None, "List trained models, and carry them from one machine to another.")
+    actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
+    command("list", runs_list, "Show what is trained: where, for how long, how accurate.", actions)
+    options = command("export", runs_export, "Pack finished runs and their evaluations into files.", actions)
+    options.add_argument("folder", help="where to write the files")
+    options.add_argument("name", nargs="*", help="names or keys, or how they begin; none: all that are finished")
+    options.add_argument("--part", type=size, default="15MiB", metavar="SIZE", help="of a file at most (15MiB)")
+    options.add_argument("--weights", default="fp16", metavar="KIND",
+                         help="fp16 (default), fp32 or none: tables need none")
+    options = command("import", runs_import, "Bring exported runs into the store, whole or not at all.", actions)
+    options.add_argument("file", nargs="+", help="all the files, or the folder that holds them")
 
     options = command("bench", bench, "Measure speed as ratios, side by side, into results/bench/.")
     options.add_argument("row", nargs="*", help="some of the measurements; none: all, in about half an hour")

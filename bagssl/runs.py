@@ -43,9 +43,9 @@ from bagssl.progress import notice
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
 RECIPE = 1
-_MARK = "metrics.json"  # of a finished run
-_RECORD = ("history.csv", "provenance.json")  # what `finish` writes after the weights and before the mark
-_WEIGHTS, _HALF = "weights.safetensors", "weights-fp16.safetensors"
+MARK = "metrics.json"  # of a finished run
+RECORD = ("history.csv", "provenance.json")  # what `finish` writes after the weights and before the mark
+WEIGHTS, HALF = "weights.safetensors", "weights-fp16.safetensors"  # as trained; rounded
 _AGAIN = "delete the folder to train the run again"
 
 
@@ -80,7 +80,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         """steps, epochs, crops, images, seconds, the last terms as `final`, hashes. Raises InputError when damaged."""
-        return read_json(self.path / _MARK)
+        return read_json(self.path / MARK)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -109,22 +109,22 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its whole record is there. The weights may have been left elsewhere: what was measured holds."""
-        return (self.path / _MARK).exists() and not self.lost
+        return (self.path / MARK).exists() and not self.lost
 
     @property
     def lost(self) -> list[str]:
         """The files that a finished run no longer has in its record; one that is not finished has lost none."""
-        return [name for name in _RECORD if (self.path / _MARK).exists() and not (self.path / name).exists()]
+        return [name for name in RECORD if (self.path / MARK).exists() and not (self.path / name).exists()]
 
     @property
     def halved(self) -> bool:
         """Whether its weights are there as fp16 alone: what is measured with them may differ in the last digits."""
-        return (self.path / _HALF).exists() and not (self.path / _WEIGHTS).exists()
+        return (self.path / HALF).exists() and not (self.path / WEIGHTS).exists()
 
     def check(self) -> None:
         """Raises InputError when what it holds is not what was written; that it holds no weights is no damage."""
         _ = self.history, self.provenance
-        if self.halved or (self.path / _WEIGHTS).exists():
+        if self.halved or (self.path / WEIGHTS).exists():
             self.weights()
 
     def __repr__(self) -> str:
@@ -138,7 +138,7 @@ class Run:
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors of encoder and projector in fp32, by name. Raises InputError when a file is not the one written.
         """
-        path = self.path / (_HALF if self.halved else _WEIGHTS)
+        path = self.path / (HALF if self.halved else WEIGHTS)
         try:
             return _from_half(path, self.metrics) if self.halved else load(self._sound_weights())
         except SafetensorError as error:
@@ -147,7 +147,7 @@ class Run:
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
 
     def _sound_weights(self) -> bytes:
-        path = self.path / _WEIGHTS
+        path = self.path / WEIGHTS
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -243,7 +243,7 @@ def reopen(run: Run) -> None:
     """Take the mark from a finished run that has lost a file, so that it is trained again, and say so."""
     if run.lost:
         print(f"{run.path} has lost {' and '.join(run.lost)}: it is trained again", file=sys.stderr, flush=True)
-        (run.path / _MARK).unlink()
+        (run.path / MARK).unlink()
 
 
 def list_runs(root: Path | None = None) -> list[Run]:
@@ -311,7 +311,7 @@ def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metr
         with write_atomically(run.path / name) as path:
             path.write_bytes(content)
     write_json(run.path / "provenance.json", record)
-    write_json(run.path / _MARK, {**metrics, "weights_sha256": _digest(weights), "history_sha256": _digest(rows)})
+    write_json(run.path / MARK, {**metrics, "weights_sha256": _digest(weights), "history_sha256": _digest(rows)})
     drop_checkpoint(run)
 
 

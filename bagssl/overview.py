@@ -1,0 +1,53 @@
+"""What the store holds, run by run: for `bagssl runs list`, and to choose from."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bagssl.errors import InputError
+from bagssl.runs import WEIGHTS, Run, list_runs, machine, read_json
+
+
+def choose(names: Sequence[str], root: Path | None = None) -> list[Run]:
+    """The runs of the store whose names or keys begin with one of `names`; none given: all that are finished.
+
+    Raises InputError for a name that no run has.
+    """
+    known = list_runs(root)
+    if unknown := [name for name in names
+                   if not any(run.path.name.startswith(name) or run.key.startswith(name) for run in known)]:
+        raise InputError(f"no run is called {unknown[0]}, nor has such a key: `bagssl runs list` shows them")
+    return [run for run in known if any(run.path.name.startswith(name) or run.key.startswith(name) for name in names)
+            or not names and run.finished]
+
+
+def row(run: Run) -> tuple[str, ...]:
+    """Name, state, crops, seconds, machine, weights and accuracy of a run, as text; what is damaged stays empty."""
+    state = "finished" if run.finished else f"has lost {run.lost[0]}" if run.lost else "not finished"
+    weights = "fp32" if (run.path / WEIGHTS).exists() else "fp16" if run.halved else ""
+    return (run.path.name, state, _known(lambda: f"{run.metrics['crops']:,}"),
+            _known(lambda: f"{run.metrics['seconds']:,.0f}"), _known(lambda: machine(run.provenance["hardware"])),
+            weights, _known(lambda: "{accuracy:.1f} %, {probe}, {feature}, K = {k}".format(**headline(run))))
+
+
+def _known(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except Exception:  # noqa: BLE001 - a damaged record may hold anything
+        return ""
+
+
+def headline(run: Run) -> dict[str, Any] | None:
+    """The one row of all that was measured on a run's test images that stands for it: linear before kNN, h before z,
+    the largest K, by a probe on all training images if there is one. None when nothing was measured."""
+    found = []
+    for path in sorted((run.path / "evaluations").glob("*.json")):
+        with contextlib.suppress(InputError, KeyError):
+            content = read_json(path)
+            protocol = content["protocol"]
+            if isinstance(protocol["test"], str) and not isinstance(protocol["scale"], list):
+                whole = protocol["train"] == run.provenance.get("data")
+                found += [((row["probe"] == "linear", row["feature"] == "h", whole, row["k"]), row)
+                          for row in content["rows"]]
+    return max(found, key=lambda each: each[0])[1] if found else None
