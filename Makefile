@@ -17,7 +17,7 @@ unexport MPLBACKEND VIRTUAL_ENV CONDA_PREFIX PYTHONHOME
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all test-browser lab notebooks lint lock clean unsound
+.PHONY: help reproduce test test-all test-lowest test-browser lab notebooks lint lock clean unsound
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,14 @@ test-all: $(READY)  ## everything: as test, with the long tests, then the browse
 		MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 \
 		--dist loadfile $(NBVAL) notebooks
 	@$(MAKE) test-browser
+
+# What pyproject.toml lets in is what was seen to work; nbval is left out, as other versions draw other pixels.
+test-lowest: $(READY)  ## the tests with the lowest versions that pyproject.toml allows, in .venv-lowest; half an hour
+	@$(BIN)/uv pip compile pyproject.toml --extra test --resolution lowest-direct --quiet -o .venv/lowest.txt
+	@$(BIN)/python -m venv --clear --without-pip .venv-lowest
+	@$(BIN)/uv pip install --python .venv-lowest/bin/python --quiet -r .venv/lowest.txt
+	@OMP_NUM_THREADS=1 PYTHONPATH="`pwd`" .venv-lowest/bin/python -m pytest -p no:cacheprovider -n logical --maxprocesses 8 \
+		--dist loadfile --no-loadscope-reorder tests
 
 # Debian's or the reader's own browser: what Playwright would download is neither needed nor asked for.
 test-browser: $(READY)  ## JupyterLab in a headless Chromium, all notebooks or NOTEBOOK=00_tour; screenshots: results/browser
@@ -66,7 +74,7 @@ lock: $(READY)  ## resolve requirements.lock again from pyproject.toml
 		--fork-strategy fewest --generate-hashes --custom-compile-command "make lock" --quiet $(UPGRADE) -o $(LOCK)
 
 clean:  ## remove .venv and what tools leave behind; data/ and results/ stay
-	@rm -rf .venv *.egg-info build .pytest_cache .hypothesis .ruff_cache
+	@rm -rf .venv .venv-lowest *.egg-info build .pytest_cache .hypothesis .ruff_cache
 	@find bagssl tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # uv and setuptools come from the lock, by pip and with hashes; uv then installs exactly the lock, and
