@@ -95,7 +95,7 @@ def blocks(pixels: Tensor, order: Tensor | None = None) -> Iterator[Tensor]:
     """The images, in `order` if one is given, contiguous on the CPU, so few at a time that no memory is needed."""
     count = max(1, _BLOCK // max(1, pixels.shape[1:].numel()))
     for part in pixels.split(count) if order is None else order.split(count):
-        yield (part if order is None else pixels[part]).cpu().contiguous()
+        yield (part if order is None else pixels.index_select(0, part)).cpu().contiguous()
 
 
 def load(name: str, split: str, root: Path | None = None) -> Images:

@@ -63,7 +63,7 @@ def add(name: str, path: Path | str, size: int | None = None, root: Path | None 
     val, as ImageNet's is. Links that lead out of it are followed only with `follow_links`. Images may have any format
     that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8 bits, transparency is laid over white,
     and the orientation in EXIF is applied. Of .npz files see arrays.py; the archive of cifar10 or cifar100 may be
-    unpacked already. With `size` the centred square is resampled (bicubic, antialiased) to size×size px; without, all
+    packed or unpacked. With `size` the centred square is resampled (bicubic, antialiased) to size×size px; without, all
     images must have one size. cifar10 and cifar100 must be complete. Returns one line that says what was done; the same
     content twice changes nothing, and other content replaces a sound cache only with `force`. Raises InputError,
     leaving the cache as it was, on what is not so.
