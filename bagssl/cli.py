@@ -110,7 +110,8 @@ def data_get(arguments: argparse.Namespace) -> None:
 def data_add(arguments: argparse.Namespace) -> None:
     from bagssl import trees
 
-    print(trees.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force))
+    print(trees.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force,
+                    follow_links=arguments.follow_links))
 
 
 def data_check(arguments: argparse.Namespace) -> None:
@@ -207,10 +208,11 @@ def build_parser() -> argparse.ArgumentParser:
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
     command("list", data_list, "Show the datasets, and which are here.", actions)
     command("get", data_get, "Download cifar10 or cifar100.", actions).add_argument("name")
-    options = command("add", data_add, "Read train/CLASS/*.png and test/CLASS/*.png into the cache.", actions)
+    options = command("add", data_add, "Read train/CLASS/*.png and test/CLASS/*.png, or arrays, to the cache.", actions)
     options.add_argument("name")
-    options.add_argument("path", help="the folder that holds train/ and test/")
+    options.add_argument("path", help="the folder that holds train/ and test/; an .npz file; CIFAR's published archive")
     options.add_argument("--size", type=positive, help="resize to this side in pixels")
+    options.add_argument("--follow-links", action="store_true", help="also those that lead out of the folder")
     options.add_argument("--force", action="store_true", help="replace a dataset of this name")
     command("check", data_check, "Recompute the SHA-256 of a cached dataset.", actions).add_argument("name")
 

@@ -25,6 +25,7 @@ from bagssl.paths import data_root
 
 SPLITS = ("train", "test")
 FORMAT = "bagssl-images-1"
+_BLOCK = 2**22  # bytes of pixels that are copied at a time
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 
@@ -81,12 +82,20 @@ class Images:
 EMBEDDED = {"synthetic": lambda split: (*synthetic.draw(split)[:2], synthetic.CLASSES)}
 
 
-def fingerprint(pixels: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
-    """SHA-256, in hex, over shape, classes, pixels and labels."""
+def fingerprint(pixels: Tensor, labels: Tensor, classes: tuple[str, ...], order: Tensor | None = None) -> str:
+    """SHA-256, in hex, over shape, classes, pixels and labels; with `order` (int64 [N]) of the images in that one."""
     digest = hashlib.sha256(json.dumps({"shape": list(pixels.shape), "classes": list(classes)}).encode())
-    digest.update(pixels.cpu().contiguous().numpy())
-    digest.update(labels.cpu().contiguous().numpy().astype("<i8"))
+    for block in blocks(pixels, order):
+        digest.update(block.numpy())
+    digest.update((labels if order is None else labels[order]).cpu().contiguous().numpy().astype("<i8"))
     return digest.hexdigest()
+
+
+def blocks(pixels: Tensor, order: Tensor | None = None) -> Iterator[Tensor]:
+    """The images, in `order` if one is given, contiguous on the CPU, so few at a time that no memory is needed."""
+    count = max(1, _BLOCK // max(1, pixels.shape[1:].numel()))
+    for part in pixels.split(count) if order is None else order.split(count):
+        yield (part if order is None else pixels.index_select(0, part)).cpu().contiguous()
 
 
 def load(name: str, split: str, root: Path | None = None) -> Images:

@@ -1,32 +1,32 @@
-"""Pictures on disk or in the network become datasets: class-folder trees and downloads, into the caches of data.py.
+"""Pictures on disk or in the network become datasets: class-folder trees, arrays, CIFAR's published archives.
 
 All that comes in is checked before a cache is written: an image that cannot be read, a link that leads out of the
 tree, a part of CIFAR under the name of the whole are an `InputError`, one line that says what to do.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import socket
+import tarfile
 import tempfile
 import unicodedata
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import save
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bagssl.data import CIFAR, EMBEDDED, FORMAT, SPLITS, Images, cache, check, how_to_add, is_name, one_line, refusal
+from bagssl import arrays, pictures
+from bagssl.caches import blank, sound, store
+from bagssl.data import CIFAR, EMBEDDED, SPLITS, cache, how_to_add, is_name, one_line, refusal
 from bagssl.errors import InputError
-from bagssl.paths import cores, sweep, write_atomically
+from bagssl.paths import cores, sweep
 
 SIZES = range(8, 1025)  # what --size may be, in pixels
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
@@ -43,29 +43,30 @@ def get(name: str, root: Path | None = None, force: bool = False) -> str:
         return f"{name} is embedded: there is nothing to get"
     if name not in CIFAR:
         raise refusal(f"only {' and '.join(CIFAR)} can be downloaded: add {name!r} by {how_to_add(name)}")
-    if not force and _fingerprints(name, root):
+    old = sound(name, root)
+    if old and not force:
         return f"{name} is already in {cache(name, root)}: nothing to do"
-    path = cache(name, root)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path)  # archives of downloads that were killed
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as scratch:
+        with _scratch(name, root) as scratch:
             splits = {split: _download(name, split, scratch) for split in SPLITS}
     except (OSError, RuntimeError, HTTPException) as error:  # no network, no answer, no disk; a wrong MD5
-        raise refusal(f"{name} could not be downloaded ({error}): without a network, add a class-folder tree of it by "
-                      f"bagssl data add {name} PATH") from error
-    return _store(name, splits, CIFAR[name][0], "torchvision", root, force)
+        raise refusal(f"{name} could not be downloaded ({error}): without a network, add its archive, or a "
+                      f"class-folder tree of it, by bagssl data add {name} PATH") from error
+    return store(name, splits, CIFAR[name][0], "torchvision", root, force, old)
 
 
-def add(name: str, path: Path | str, size: int | None = None, root: Path | None = None, force: bool = False) -> str:
-    """Read a class-folder tree, train/<class>/<image> and test/<class>/<image>, into the cache of `name`.
+def add(name: str, path: Path | str, size: int | None = None, root: Path | None = None, force: bool = False,
+        follow_links: bool = False) -> str:  # fmt: skip
+    """Read a class-folder tree, an .npz file, or the published archive of CIFAR, into the cache of `name`.
 
-    Where there is no test, the second split may be called val, as ImageNet's is. Images may have any format that Pillow
-    opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8 bits, transparency is laid over white, and the
-    orientation in EXIF is applied. With `size` the centred square is resampled (bicubic, antialiased) to size×size px;
-    without, all images must have one size. cifar10 and cifar100 must be complete. Returns one line that says what was
-    done; the same content twice changes nothing, and other content replaces a sound cache only with `force`. Raises
-    InputError, leaving the cache as it was, on what is not so.
+    A tree is train/<class>/<image> and test/<class>/<image>; where there is no test, the second split may be called
+    val, as ImageNet's is. Links that lead out of it are followed only with `follow_links`. Images may have any format
+    that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8 bits, transparency is laid over white,
+    and the orientation in EXIF is applied. Of .npz files see arrays.py; the archive of cifar10 or cifar100 may be
+    packed or unpacked. With `size` the centred square is resampled (bicubic, antialiased) to size×size px; without, all
+    images must have one size. cifar10 and cifar100 must be complete. Returns one line that says what was done; the same
+    content twice changes nothing, and other content replaces a sound cache only with `force`. Raises InputError,
+    leaving the cache as it was, on what is not so.
     """
     if name in EMBEDDED:
         raise refusal(f"the name {name} belongs to embedded data: choose another")
@@ -75,31 +76,49 @@ def add(name: str, path: Path | str, size: int | None = None, root: Path | None 
         raise refusal(f"--size is {size!r}: give a whole number of pixels from {SIZES[0]} to {SIZES[-1]}")
     if name in CIFAR and size not in (None, 32):
         raise refusal(f"{name} has images of 32×32 px: leave --size out, or add it under another name")
-    tree = Path(os.path.realpath(os.path.expanduser(path)))
+    path, said = Path(os.path.realpath(os.path.expanduser(path))), ""
     try:
-        files, classes = _files(tree)
+        if not path.is_file() and not path.is_dir():
+            raise refusal(f"{path} is not a folder, nor a file that can be read: {_WANTED}")
+        old = sound(name, root)
+        if arrays.is_npz(path):
+            known = CIFAR[name][0] if name in CIFAR else None
+            splits, classes, said = arrays.read(path, None if name in CIFAR else size, known)
+            source = f"arrays {path}"
+        elif path.is_file() or name in CIFAR and not (path / "train").is_dir() and _unpacked(name, path):
+            splits, classes, source = _published(name, path, root), CIFAR[name][0], f"published archive {path}"
+        else:
+            splits, classes = _tree(name, path, None if name in CIFAR else size, follow_links)
+            source = f"class folders {path}"
     except OSError as error:
-        raise refusal(f"{tree} cannot be read ({error}): give a tree that you may read") from error
-    if name in CIFAR:
-        _check_cifar(name, files, classes)
-    splits = _decode(files, size)
+        raise refusal(f"{path} cannot be read ({error}): give what you may read") from error
+    _check_cifar(name, classes, {split: splits[split][1].bincount(minlength=len(classes)).tolist() for split in SPLITS})
     if name in CIFAR and splits["train"][0].shape[1:] != (3, 32, 32):
-        raise refusal(f"{name} has images of 32×32 px, {tree} has others: add it under another name")
-    return _store(name, splits, classes, one_line(f"class folders {tree}"), root, force)
+        raise refusal(f"{name} has images of 32×32 px, {path} has others: add it under another name")
+    return store(name, splits, classes, one_line(source), root, force, old) + said
 
 
-def _files(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
+# Class folders
+
+_WANTED = "give a folder with train/<class>/ and test/<class>/ in it, or an .npz file"
+
+
+def _tree(name: str, tree: Path, size: int | None, follow_links: bool) -> tuple[dict, tuple[str, ...]]:
+    """{split: (pixels uint8 [N, 3, H, W], labels int64 [N])} and the classes of a class-folder tree."""
+    files, classes = _files(tree, follow_links)
+    counts = {split: [len(inside) for inside in files[split]] for split in SPLITS}
+    _check_cifar(name, classes, counts)  # before an hour's reading
+    pixels = _decode([path for split in SPLITS for inside in files[split] for path in inside], size)
+    labels = [torch.from_numpy(np.repeat(np.arange(len(classes)), counts[split])) for split in SPLITS]
+    return dict(zip(SPLITS, zip(pixels.split([len(each) for each in labels]), labels, strict=True))), classes
+
+
+def _files(tree: Path, follow_links: bool) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
     """The files of each class (in order) in each split, and the classes."""
-    wanted = "give one with train/<class>/ and test/<class>/ in it"
-    if not tree.is_dir():
-        raise refusal(f"{tree} is not a folder: {wanted}")
-    second = next((name for name in ("test", "val", "valid", "validation") if (tree / name).is_dir()), "test")
-    places = {"train": tree / "train", "test": tree / second}
+    places = _places(tree)
     for place in places.values():
-        if not place.is_dir():
-            raise refusal(f"{tree} has no folder {place.name}: {wanted}")
-    _entries(tree, tree)  # for links
-    folders = {split: _entries(place, tree) for split, place in places.items()}
+        _check_link(place, tree, follow_links)
+    folders = {split: _entries(place, tree, follow_links) for split, place in places.items()}
     for entry in [*folders["train"], *folders["test"]]:
         if not entry.is_dir():
             raise refusal(f"{entry} lies outside the class folders: move it into one, or away")
@@ -112,16 +131,27 @@ def _files(tree: Path) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
             raise refusal(f"the class {min(alone)!r} is in {places[there]} but not in {places[lacking]}")
     folders = {"train": [train[name] for name in sorted(train)], "test": [test[name] for name in sorted(test)]}
     if len(train) < 2:
-        raise refusal(f"{tree / 'train'} has fewer than two class folders, {len(train)}: a dataset needs two or more")
-    files = {split: [_entries(folder, tree) for folder in folders[split]] for split in SPLITS}
+        raise refusal(f"{places['train']} has fewer than two class folders, {len(train)}: a dataset needs two or more")
+    files = {split: [_entries(folder, tree, follow_links) for folder in folders[split]] for split in SPLITS}
     for split in SPLITS:
         for folder, inside in zip(folders[split], files[split]):
             if not inside:
                 raise refusal(f"{folder} has no images")
             for file in inside:
                 if not file.is_file():
-                    raise refusal(f"{file} is no file: images lie directly in their class folder")
+                    what = "is no file" if file.is_dir() else "is no file but a device or a pipe"
+                    raise refusal(f"{file} {what}: images lie directly in their class folder")
     return files, tuple(sorted(train))
+
+
+def _places(tree: Path) -> dict[str, Path]:
+    """The folders of the two splits: train and test, or val in its place, in small letters or capitals."""
+    found = {entry.name.lower(): entry for entry in sorted(tree.iterdir()) if entry.is_dir() or entry.is_symlink()}
+    second = next((name for name in ("test", "val", "valid", "validation") if name in found), "test")
+    for name in ("train", second):
+        if name not in found:
+            raise refusal(f"{tree} has no folder {name}: {_WANTED}")
+    return {"train": found["train"], "test": found[second]}
 
 
 def _composed(folder: Path) -> str:
@@ -129,148 +159,151 @@ def _composed(folder: Path) -> str:
     return unicodedata.normalize("NFC", folder.name)
 
 
-def _entries(folder: Path, tree: Path) -> list[Path]:
-    """What lies in a folder, by name, without dot files; a link that leads out of the tree is refused."""
+def _entries(folder: Path, tree: Path, follow_links: bool) -> list[Path]:
+    """What lies in a folder, by name, without dot files."""
     found = [entry for entry in sorted(folder.iterdir())
              if not entry.name.startswith(".") and entry.name not in _NOT_IMAGES]  # fmt: skip
     for entry in found:
-        if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(tree):
-            raise refusal(f"{entry} links out of the tree: put the files themselves there")
+        _check_link(entry, tree, follow_links)
     return found
 
 
-def _check_cifar(name: str, files: dict[str, list[list[Path]]], classes: tuple[str, ...]) -> None:
-    """A part of CIFAR under the name of the whole would be a lie that no later number shows."""
+def _check_link(entry: Path, tree: Path, follow_links: bool) -> None:
+    """A link leads to something, and only where that is asked for out of the tree."""
+    if entry.is_symlink():
+        try:
+            target = Path(os.path.realpath(entry, strict=True))
+        except OSError as error:
+            raise refusal(f"{entry} is a link that leads nowhere ({error.strerror}): mend or remove it") from error
+        if not follow_links and not target.is_relative_to(tree):
+            raise refusal(f"{entry} links out of the tree: put the files themselves there, or give --follow-links")
+
+
+def _check_cifar(name: str, classes: tuple[str, ...], found: Mapping[str, Sequence[int]]) -> None:
+    """A part of CIFAR under the name of the whole would be a lie that no later number shows; found: images by class."""
+    if name not in CIFAR:
+        return
     expected, counts = CIFAR[name]
-    if classes != expected:
-        odd = min(set(classes) ^ set(expected))
+    if odd := min(set(classes) ^ set(expected), default=""):
         where = "is missing" if odd in expected else "does not belong"
         raise refusal(f"{name} has {len(expected)} classes; here {odd!r} {where}: add it under another name")
+    if classes != expected:
+        raise refusal(f"the classes of {name} have an order, {', '.join(expected[:3])}, …; here they have another: "
+                      "number them so, or add it under another name")
     for split, count in counts.items():
-        for label, found in zip(classes, files[split]):
-            if len(found) != count:
-                raise refusal(f"{name} has {count:,} {split} images of each class, this tree {len(found):,} "
+        for label, here in zip(classes, found[split], strict=True):
+            if here != count:
+                raise refusal(f"{name} has {count:,} {split} images of each class, here are {here:,} "
                               f"of {label!r}: add it under another name")
 
 
-def _decode(files: dict[str, list[list[Path]]], size: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read every file: {split: (pixels uint8 [N, 3, H, W], labels int64 [N])}."""
-    paths = [path for split in SPLITS for inside in files[split] for path in inside]
-    pixels: np.ndarray | None = None
-    with (warnings.catch_warnings(), tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar,
-          ThreadPool(min(8, cores())) as pool):  # Pillow decodes outside the interpreter's lock
+def _decode(paths: Sequence[Path], size: int | None) -> Tensor:
+    """The pixels of every file, uint8 [N, 3, H, W]."""
+    with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # of odd EXIF data
-        wrong: list[tuple[Path, InputError]] = []
-        for i, image in enumerate(pool.imap(lambda path: _read(path, size), paths, chunksize=16)):
-            bar.update()
-            if isinstance(image, InputError):
-                wrong.append((paths[i], image))
-                continue
-            if pixels is None:
-                pixels = np.empty((len(paths), *image.shape), np.uint8)
-            if image.shape != pixels.shape[1:]:
-                first, other = ("{1}×{0}".format(*shape) for shape in (pixels.shape[1:], image.shape))
-                raise refusal(f"images of two sizes, {paths[0]} with {first} px and {paths[i]} with {other} px: "
-                              "give --size to bring them to one")
-            pixels[i] = image
+        images = ((path, pictures.read(path, size)) for path in paths)
+        first, image = next(((path, image) for path, image in images if not isinstance(image, InputError)), ("", None))
+        pixels = blank(len(paths), *(image.shape[1:] if image is not None else (1, 1)))
+        wrong = _fill(pixels.numpy(), paths, size, first)
     if wrong:
         named = [str(path.relative_to(path.parents[2])) for path, _ in wrong[1:6]]
         others = ", ".join([*named, *["..."] * (len(wrong) > 6)])
         more = f", nor can {len(wrong) - 1} more ({others})" if others else ""
         raise refusal(f"{wrong[0][1]}{more}: replace or remove {'them' if more else 'it'}")
-    labels = [torch.tensor([label for label, inside in enumerate(files[split]) for _ in inside]) for split in SPLITS]
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).split([len(each) for each in labels])
-    return {split: (images[i].contiguous(), labels[i]) for i, split in enumerate(SPLITS)}
+    return pixels
 
 
-def _read(path: Path, size: int | None) -> np.ndarray | InputError:
-    """One image as uint8 [H, W, 3], or why it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            image = _rgb(_upright(image), image.format)
-    except Exception as error:  # noqa: BLE001 - decoders meet bad bytes with errors of every kind
-        return refusal(f"{path} cannot be read as an image ({error or type(error).__name__})")
-    if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(image)
+def _fill(pixels: np.ndarray, paths: Sequence[Path], size: int | None, first: Path) -> list[tuple[Path, InputError]]:
+    """Decode every file into its place; those that cannot be read. first: one that gave the pixels their shape."""
+    def put(i: int) -> InputError | tuple[int, ...] | None:
+        image = pictures.read(paths[i], size)
+        if isinstance(image, InputError):
+            return image
+        if image.shape != pixels.shape[1:]:
+            return image.shape
+        pixels[i] = image
+
+    wrong: list[tuple[Path, InputError]] = []
+    with (tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar,
+          ThreadPool(min(8, cores())) as pool):  # Pillow decodes outside the interpreter's lock
+        for path, fault in zip(paths, pool.imap(put, range(len(paths)), chunksize=16)):
+            bar.update()
+            if isinstance(fault, InputError):
+                wrong.append((path, fault))
+            elif fault:
+                ours, other = ("{2}×{1}".format(*shape) for shape in (pixels.shape[1:], fault))
+                raise refusal(f"images of two sizes, {first} with {ours} px and {path} with {other} px: "
+                              "give --size to bring them to one")
+    return wrong
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF says it is to be seen; what else stands there, and whether it is sound, is no matter."""
-    with contextlib.suppress(Exception):
-        image.getexif()  # read, and then kept from being written again
-        for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
-            image.info.pop(name, None)
-        image = ImageOps.exif_transpose(image)
-    return image
+# What was published of CIFAR
 
 
-def _rgb(image: Image.Image, kind: str | None) -> Image.Image:
-    """An image of any mode in 8-bit RGB; kind: of its file."""
-    if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):  # of their 32 bits 16 are used
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits; 8 and 16 are read")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+@contextlib.contextmanager
+def _scratch(name: str, root: Path | None) -> Iterator[str]:
+    """A folder beside the cache, for archives; what killed processes have left of such is swept."""
+    path = cache(name, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as scratch:
+        yield scratch
+
+
+def _kind(name: str) -> type:
+    from torchvision import datasets  # slow to import, and needed by nothing else here
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
 
 
 def _download(name: str, split: str, folder: str) -> tuple[Tensor, Tensor]:
     """Pixels uint8 [N, 3, 32, 32] and labels int64 [N] of the published archive; torchvision checks its MD5."""
-    from torchvision import datasets  # slow to import, and needed by nothing else here
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     waited = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision itself would wait for ever
     try:
-        images = kind(folder, train=split == "train", download=True)
+        return _opened(name, _kind(name)(folder, train=split == "train", download=True))
     finally:
         socket.setdefaulttimeout(waited)
+
+
+def _opened(name: str, images) -> tuple[Tensor, Tensor]:
+    """Pixels and labels of what torchvision has opened; RuntimeError where the classes are others."""
     if tuple(images.classes) != CIFAR[name][0]:
         raise RuntimeError("the archive has other classes")
     return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
 
 
-def _fingerprints(name: str, root: Path | None) -> dict[str, str] | None:
-    """The fingerprints of a sound cache; None when there is none, or a damaged one, which may be replaced."""
+def _unpacked(name: str, folder: Path) -> Path | None:
+    """The folder of the published files, this one or one in it; None when there is none."""
+    kind = _kind(name)
+    candidates = (folder, folder / kind.base_folder)
+    return next((each for each in candidates if (each / kind.train_list[0][0]).is_file()), None)
+
+
+def _published(name: str, path: Path, root: Path | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """The splits of a published archive, packed or unpacked. Nothing in it is opened before its MD5 is found right."""
+    if name not in CIFAR:
+        raise refusal(f"{path} is not a folder, nor an .npz file: {_WANTED}")
+    from torchvision.datasets.utils import check_integrity  # slow, as in `_kind`
+
+    kind = _kind(name)
+    if path.is_file() and not check_integrity(path, kind.tgz_md5):
+        raise refusal(f"{path} is not the published {kind.filename}, which has the MD5 {kind.tgz_md5}: give that one, "
+                      "or a class-folder tree or an .npz file of it")
     try:
-        return check(name, root)
-    except InputError:
-        return None
+        if not path.is_file():
+            return _unpickled(name, _unpacked(name, path))
+        with _scratch(name, root) as scratch:
+            with tarfile.open(path) as archive:
+                archive.extractall(scratch, filter="data")
+            return _unpickled(name, Path(scratch, kind.base_folder))
+    except (OSError, RuntimeError, tarfile.TarError) as error:  # no disk; the MD5 of a file in the folder
+        raise refusal(f"{path} cannot be read as what was published of {name} ({one_line(str(error))}): "
+                      f"give {kind.filename} itself") from error
 
 
-def _canonical(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The images by label, then by the SHA-256 of their pixels: the same images get the same fingerprint, and
-    give the same run, whether they came from an archive or a folder, whatever the files are called."""
-    keys = [(int(label), hashlib.sha256(image).digest()) for label, image in zip(labels, pixels.numpy())]
-    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
-    return pixels[order], labels[order]
-
-
-def _store(name: str, splits: dict, classes: tuple[str, ...], source: str, root: Path | None, force: bool) -> str:
-    """Write the cache of {split: (pixels, labels)}; one line that says what was done."""
-    path = cache(name, root)
-    images = {split: Images(*_canonical(*splits[split]), classes) for split in SPLITS}
-    new = {split: images[split].fingerprint for split in SPLITS}
-    old = _fingerprints(name, root)
-    if old == new:
-        return one_line(f"{name} is already in {path} with the same content: nothing to do")
-    if old and not force:
-        raise refusal(f"{path} holds other images: choose another name, or replace them by --force")
-    about = {"format": FORMAT, "name": name, "classes": list(classes), "source": source} | new
-    tensors = {f"{split}_{kind}": getattr(images[split], kind) for kind in ("pixels", "labels") for split in SPLITS}
-    try:
-        with write_atomically(path) as temporary:
-            content = save(tensors, {"bagssl": json.dumps(about)})  # `save_file` would put another file there
-            temporary.write_bytes(content)
-    except (OSError, SafetensorError) as error:
-        raise refusal(f"{path} cannot be written ({error}): free the disk, or set BAGSSL_DATA") from error
-    counts = " and ".join(f"{len(images[split]):,} {split}" for split in SPLITS)
-    size = "{2}×{3}".format(*images["train"].pixels.shape)
-    return one_line(f"{name}: {counts} images of {size} px in {len(classes)} classes, in {path}")
+def _unpickled(name: str, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The splits of published files; torchvision checks the MD5 of each before it opens the first."""
+    kind = type(name, (_kind(name),), {"base_folder": folder.name})
+    return {split: _opened(name, kind(folder.parent, train=split == "train")) for split in SPLITS}

@@ -3,10 +3,15 @@
 import hashlib
 import io
 import os
+import pickle
 import shutil
 import socket
+import struct
+import subprocess
+import sys
 import tarfile
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
-from bagssl import cli, data, trees
+from bagssl import caches, cli, data, pictures, trees
 from bagssl.errors import InputError
 
 CLASSES = ("cat", "dog", "owl")
@@ -131,9 +137,9 @@ def test_sixteen_bits_of_grey_keep_their_upper_eight(tmp_path, root):
     expected = np.repeat(grey[:, :, None], 3, 2)
     np.testing.assert_array_equal(one_image(tmp_path / "image.pgm", root), expected)
     deep = Image.fromarray(grey.astype(np.int32) * 257)
-    np.testing.assert_array_equal(np.asarray(trees._rgb(deep, "PNG")), expected)
+    np.testing.assert_array_equal(np.asarray(pictures.rgb(deep, "PNG")), expected)
     with pytest.raises(ValueError, match="32 bits"):
-        trees._rgb(deep, "TIFF")
+        pictures.rgb(deep, "TIFF")
 
 
 EXIF = {0x0112: 6, 0x011A: 72.0, 0x0131: "camera", 0x8769: {0x9003: "2020:01:01 00:00:00", 0x829A: 0.01}}
@@ -165,6 +171,96 @@ def test_a_sound_picture_with_odd_exif_is_read(field, tmp_path, root):
     sound = field in ("whole", "offset beyond the end")
     assert np.array_equal(found, turned if found.shape == turned.shape else picture(1, 8, 12))
     assert not sound or found.shape == turned.shape
+
+
+def png(depth, kind, row, transparent):
+    """A PNG of one row, 4 px wide, whose colour type has a transparent colour."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 4, 1, depth, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def tiff(bits, white, content):
+    """A grey TIFF of one row, 4 px wide; white: 0 where zero is white, else 1."""
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: white, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 1, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + content
+
+
+GREYS = {  # a file of four greys, and the four that it shows
+    "PNG, 16 bits, one transparent": (png(16, 0, struct.pack(">4H", 0, 1, 2**15, 2**16 - 1), b"\0\0"),
+                                      [255, 0, 128, 255]),
+    "PNG, 4 bits, one transparent": (png(4, 0, b"\x05\xaf", b"\0\5"), [0, 255, 170, 255]),
+    "PNG, 2 bits, one transparent": (png(2, 0, b"\x1b", b"\0\1"), [0, 255, 170, 255]),
+    "PNG, 8 bits, one transparent": (png(8, 0, bytes([1, 2, 3, 4]), b"\0\2"), [1, 255, 3, 4]),
+    "PNG, 1 bit, one transparent": (png(1, 0, b"\x50", b"\0\0"), [255, 255, 255, 255]),
+    "TIFF, 16 bits": (tiff(16, 1, struct.pack("<4H", 0, 1, 0x8000, 0xFFFF)), [0, 0, 128, 255]),
+    "TIFF, 16 bits, zero is white": (tiff(16, 0, struct.pack("<4H", 0, 1, 0x8000, 0xFFFF)), [255, 255, 127, 0]),
+    "TIFF, 12 bits": (tiff(12, 1, bytes.fromhex("000010800fff")), [0, 1, 128, 255]),
+    "TIFF, 8 bits, zero is white": (tiff(8, 0, bytes([0, 1, 128, 255])), [255, 254, 127, 0]),
+    "PGM, 10 bits": (b"P5 4 1 1023\n" + struct.pack(">4H", 0, 3, 512, 1023), [0, 0, 128, 255]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GREYS)
+def test_a_grey_is_as_light_as_it_was_meant(kind, tmp_path, root):
+    content, greys = GREYS[kind]
+    (tmp_path / "image").write_bytes(content)
+    assert one_image(tmp_path / "image", root).tolist() == [[[grey] * 3 for grey in greys]]
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused(tmp_path, root):
+    (tmp_path / "image.png").write_bytes(png(16, 2, bytes(24), bytes(6)))
+    with pytest.raises(InputError, match="one of its 16-bit colours is transparent: save it with an alpha channel"):
+        one_image(tmp_path / "image.png", root)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_tiff_is_turned_once(turn, compression, mode, tmp_path):
+    """Pillow turns a grey one that it maps into memory as if it had the size that it has when turned."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = picture(1, 8, 12) if mode == "RGB" else picture(1, 8, 12)[:, :, 0]
+    image = Image.fromarray(pixels.astype(np.uint16) * 256 if mode == "I;16" else pixels)
+    image.save(tmp_path / "image.tif", exif=exif, compression=compression)
+    expected = [None, lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud, lambda x: np.rot90(np.flipud(x), -1),
+                lambda x: np.rot90(x, -1), lambda x: np.rot90(np.fliplr(x), -1), np.rot90][turn](pixels)  # fmt: skip
+    found = pictures.read(tmp_path / "image.tif", None).transpose(1, 2, 0)
+    np.testing.assert_array_equal(found, np.broadcast_to(expected.reshape(*expected.shape[:2], -1), found.shape))
+
+
+SAVED = {"a bitmap of 1 bit": ("1", "BMP", {}), "inverted CMYK": ("CMYK", "JPEG", {"quality": 100}),
+         "pages of a TIFF": ("RGB", "TIFF", {"save_all": True, "append_images": [Image.new("RGB", (9, 7))]}),
+         "two views of a camera": ("RGB", "MPO", {"save_all": True, "append_images": [Image.new("RGB", (9, 7))]}),
+         "one colour for four pixels": ("RGB", "JPEG", {"subsampling": "4:1:1", "quality": 95}),
+         "WebP": ("RGB", "WEBP", {"lossless": True}), "a colour profile": ("RGB", "PNG", {"icc_profile": b"odd"})}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_what_cameras_and_programs_write_is_read(kind, tmp_path, root):
+    """An odd size, a suffix in capitals; JPEG may be a little off."""
+    mode, form, options = SAVED[kind]
+    colour = (255, 255, 255) if mode == "1" else (200, 30, 60)
+    Image.new("RGB", (9, 7), colour).convert(mode).save(tmp_path / f"IMAGE.{form}", form, **options)
+    found = one_image(tmp_path / f"IMAGE.{form}", root)
+    assert found.shape == (7, 9, 3) and np.abs(found.astype(int) - colour).max() <= 3
+
+
+def test_splits_may_have_capitals_and_lists_beside_them(tree, root):
+    trees.add("pets", tree, root=root)
+    (tree / "train").rename(tree / "Train")
+    (tree / "test").rename(tree / "TEST")
+    (tree / "train.txt").write_text("cat/0.png")
+    (tree / "list.txt").symlink_to("/etc/hostname")
+    assert "nothing to do" in trees.add("pets", tree, root=root)
+    (tree / "train").mkdir()  # where both are there, small letters count
+    with pytest.raises(InputError, match="the class 'cat' is in .*TEST but not in .*train"):
+        trees.add("pets", tree, root=root)
 
 
 @pytest.mark.parametrize("second", ["val", "valid", "validation"])
@@ -264,6 +360,23 @@ def test_links_inside_the_tree_are_followed(tree, root):
     (tree / "test" / "cat" / "link.png").symlink_to(tree / "train" / "cat" / "0.png")
     trees.add("pets", tree, root=root)
     assert len(data.load("pets", "test", root)) == 7
+
+
+@pytest.mark.parametrize("what", ["", "test", "train/cat", "test/owl/1.png", "train/dog/0.png hard"])
+def test_links_out_of_the_tree_are_followed_where_that_is_asked_for(what, tree, root, tmp_path, monkeypatch, capsys):
+    """A split, a class, an image; the tree itself may be a link, and an image a hard link, as they are."""
+    trees.add("pets", tree, root=root)
+    place, hard, _ = what.partition(" hard")
+    outside = tmp_path / "outside"
+    (tree / place).rename(outside)
+    os.link(outside, tree / place) if hard else (tree / place if place else tree).symlink_to(outside)
+    monkeypatch.setenv("BAGSSL_DATA", str(root))
+    free = not place or hard
+    assert cli.main(["data", "add", "pets", str(tree)]) == (0 if free else 2)
+    said = "links out of the tree: put the files themselves there, or give --follow-links"
+    assert free or said in capsys.readouterr().err
+    assert cli.main(["data", "add", "pets", str(tree), "--follow-links"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 # What is wrong: how the tree is spoilt, and what the line says
@@ -404,12 +517,63 @@ def split_link_out_of_the_tree(tree):
 
 def dangling_link(tree):
     (tree / "test" / "owl" / "gone.png").symlink_to(tree / "nowhere.png")
-    return {}, "gone.png is no file"
+    return {}, "gone.png is a link that leads nowhere .No such file.*mend or remove it"
 
 
 def link_to_itself(tree):
     (tree / "test" / "owl" / "loop.png").symlink_to(tree / "test" / "owl" / "loop.png")
-    return {}, "loop.png is no file"
+    return {}, "loop.png is a link that leads nowhere .*mend or remove it"
+
+
+def class_that_is_gone(tree):
+    shutil.rmtree(tree / "test" / "owl")
+    (tree / "test" / "owl").symlink_to(tree / "nowhere")
+    return {"follow_links": True}, "owl is a link that leads nowhere .No such file.*mend or remove it"
+
+
+def split_that_is_gone(tree):
+    shutil.rmtree(tree / "test")
+    (tree / "test").symlink_to(tree / "nowhere")
+    return {"follow_links": True}, "test is a link that leads nowhere"
+
+
+def links_in_a_circle(tree):
+    (tree / "train" / "cat" / "a.png").symlink_to(tree / "train" / "cat" / "b.png")
+    (tree / "train" / "cat" / "b.png").symlink_to(tree / "train" / "cat" / "a.png")
+    return {"follow_links": True}, "a.png is a link that leads nowhere .Too many levels.*mend or remove it"
+
+
+def class_that_is_the_tree(tree):
+    (tree / "train" / "zoo").symlink_to(tree)
+    (tree / "test" / "zoo").symlink_to(tree)
+    return {"follow_links": True}, "zoo/test is no file: images lie directly"
+
+
+def link_to_a_folder_in_a_class(tree):
+    (tree.parent / "more").mkdir()
+    (tree / "train" / "cat" / "more").symlink_to(tree.parent / "more")
+    return {"follow_links": True}, "more is no file: images lie directly in their class folder"
+
+
+def link_to_a_device(tree):
+    (tree / "train" / "cat" / "zero.png").symlink_to("/dev/zero")
+    return {"follow_links": True}, "zero.png is no file but a device or a pipe"
+
+
+def link_to_a_pipe(tree):
+    os.mkfifo(tree.parent / "pipe")
+    (tree / "train" / "cat" / "pipe.png").symlink_to(tree.parent / "pipe")
+    return {"follow_links": True}, "pipe.png is no file but a device or a pipe"
+
+
+def pipe(tree):
+    os.mkfifo(tree / "train" / "cat" / "pipe.png")
+    return {}, "pipe.png is no file but a device or a pipe"
+
+
+def pipe_for_a_tree(tree):
+    os.mkfifo(tree.parent / "pipe.npz")
+    return {"path": tree.parent / "pipe.npz"}, "pipe.npz is not a folder, nor a file"
 
 
 def name_with_a_line_break(tree):
@@ -467,9 +631,10 @@ ACTS = [
     class_missing_in_train, empty_class, image_outside_the_classes, folder_in_a_class, text_file,
     empty_image, truncated_image, damaged_image, truncated_jpeg, several_that_are_no_images, floating_point_image,
     decompression_bomb, mixed_sizes, link_out_of_the_tree, folder_link_out_of_the_tree, split_link_out_of_the_tree,
-    dangling_link, link_to_itself, name_with_a_line_break, name_in_capitals, name_that_is_a_path,
-    empty_name, name_with_a_line_break_at_its_end, reserved_name, size_of_nothing, size_beyond_reason,
-    size_in_words, other_content, cifar_of_other_classes, cifar_of_another_size,
+    dangling_link, link_to_itself, class_that_is_gone, split_that_is_gone, links_in_a_circle, class_that_is_the_tree,
+    link_to_a_folder_in_a_class, link_to_a_device, link_to_a_pipe, pipe, pipe_for_a_tree, name_with_a_line_break,
+    name_in_capitals, name_that_is_a_path, empty_name, name_with_a_line_break_at_its_end, reserved_name,
+    size_of_nothing, size_beyond_reason, size_in_words, other_content, cifar_of_other_classes, cifar_of_another_size,
 ]  # fmt: skip
 
 
@@ -506,21 +671,79 @@ def test_an_interrupt_leaves_the_cache(tree, root, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for name in ("save", "_canonical"):
+    for module, name in ((caches, "blocks"), (caches, "canonical"), (caches, "_write"), (pictures, "read")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(trees, name, interrupt)
+            patch.setattr(module, name, interrupt)
             trees.add("pets", tree, root=root, force=True)
         assert contents(root) == before
 
 
 def test_a_full_disk_is_one_line(tree, root, monkeypatch):
-    def full(tensors, metadata):
+    def full(pixels, order):
+        yield pixels[:1]
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trees, "save", full)
+    monkeypatch.setattr(caches, "blocks", full)
     with pytest.raises(InputError, match="cannot be written .*No space left"):
         trees.add("pets", tree, root=root)
     assert contents(root) == {}
+
+
+# What it takes
+
+
+def test_the_cache_is_to_the_byte_what_the_library_writes(tree, root):
+    """And what it was when the library wrote it: the SHA-256 of both splits, and of all but the header."""
+    trees.add("pets", tree, root=root)
+    content = (root / "pets.safetensors").read_bytes()
+    images = {split: data.load("pets", split, root) for split in data.SPLITS}
+    tensors = {f"{split}_{kind}": getattr(images[split], kind)
+               for split in data.SPLITS for kind in ("pixels", "labels")}  # fmt: skip
+    with data.safe_open(root / "pets.safetensors", framework="pt") as file:
+        assert content == save(tensors, file.metadata())
+    body = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert [*(image.fingerprint for image in images.values()), body] == [
+        "c8549b72f66b96d5239574da62177aa86bfc5b8525adfc20296a9ee45076ac40",
+        "d1de6393035d844a3381172a171e7bdb4b23b2b2e638c093937fed38be521d3f",
+        "2c4a33ffb605d6a6c15a3176aad0dff59d8af7eecdf3fe4621cb7eec0c50f0d9"]  # fmt: skip
+
+
+MEASURED = """import sys
+from pathlib import Path
+from bagssl import data, trees
+def memory(which):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[which].split()[0]) * 1024
+root = Path(sys.argv[2])
+for work in (lambda: trees.add("large", sys.argv[1], root=root), lambda: trees.add("large", sys.argv[1], root=root),
+             lambda: data.load("large", "train", root), lambda: data.check("large", root)):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    kept = work()
+    print(memory("VmHWM") - before)
+    del kept"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not count the peak")
+@pytest.mark.parametrize("kind", ["pictures", "arrays"])
+def test_a_dataset_is_never_twice_in_memory(kind, tmp_path):
+    """Added, added again, loaded and checked in a process of its own: the peak above what it had."""
+    side, counts = 1000, {"train": 50, "test": 20}
+    if kind == "pictures":
+        Image.fromarray(picture(0, side, side)).save(tmp_path / "one.bmp")
+        for split, count in counts.items():
+            for i in range(count):
+                (tmp_path / "large" / split / str(i % 2)).mkdir(parents=True, exist_ok=True)
+                os.link(tmp_path / "one.bmp", tmp_path / "large" / split / str(i % 2) / f"{i}.bmp")
+        path = tmp_path / "large"
+    else:
+        path = tmp_path / "large.npz"
+        np.savez(path, **{f"{split}_x": np.full((count, side, side), 7, np.uint8) for split, count in counts.items()},
+                 **{f"{split}_y": np.arange(count) % 2 for split, count in counts.items()})
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(path), str(tmp_path / "data")], check=True,
+                          capture_output=True, text=True, cwd=Path(data.__file__).parent.parent)
+    peaks = [int(line) / (3 * side**2 * sum(counts.values())) for line in done.stdout.split()]
+    assert len(peaks) == 4 and max(peaks) < 1.3 and min(peaks) > 0.5, peaks
 
 
 # CIFAR
@@ -706,16 +929,138 @@ def test_get_knows_no_other_download(root):
         trees.get("imagenet", root)
 
 
+# The archive of CIFAR as a file
+
+
+def packed(folder, contents_of):
+    """A tar.gz of a folder with these files."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name, content in contents_of.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def published(request, monkeypatch, tmp_path):
+    """The name, a stand-in for the archive of CIFAR with its own MD5s, and a class-folder tree of the same pictures."""
+    from torchvision import datasets
+
+    name = request.param
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    classes = data.CIFAR[name][0]
+    monkeypatch.setitem(data.CIFAR, name, (classes, {"train": 2, "test": 1}))
+    key = "labels" if name == "cifar10" else "fine_labels"
+    contents_of, lists = {}, {"train": [], "test": []}
+    for s, (split, count) in enumerate({"train": 2, "test": 1}.items()):
+        known = kind.train_list if split == "train" else kind.test_list
+        keys = [(s, c, i) for i in range(count) for c in range(len(classes))]
+        for j, (file, _) in enumerate(known):
+            each = keys[j :: len(known)]
+            pixels = np.stack([picture(list(key), 32, 32).transpose(2, 0, 1).reshape(-1) for key in each])
+            contents_of[file] = pickle.dumps({"data": pixels, key: [c for _, c, _ in each]}, protocol=2)
+            lists[split].append([file, hashlib.md5(contents_of[file]).hexdigest()])
+    contents_of[kind.meta["filename"]] = pickle.dumps({kind.meta["key"]: list(classes)}, protocol=2)
+    meta = {**kind.meta, "md5": hashlib.md5(contents_of[kind.meta["filename"]]).hexdigest()}
+    archive_of = packed(kind.base_folder, contents_of)
+    for attribute, value in {"train_list": lists["train"], "test_list": lists["test"], "meta": meta,
+                             "tgz_md5": hashlib.md5(archive_of).hexdigest()}.items():
+        monkeypatch.setattr(kind, attribute, value)
+    (tmp_path / kind.filename).write_bytes(archive_of)
+    return name, tmp_path / kind.filename, plant(tmp_path / "tree", classes, 2, 1, 32, 32)
+
+
+@pytest.mark.parametrize("form", ["packed", "renamed", "unpacked", "the folder around it", "unpacked and renamed"])
+def test_the_published_archive_is_read_from_a_file(form, published, root, tmp_path):
+    name, path, tree = published
+    if form == "renamed":
+        path = path.rename(tmp_path / "download (1)")
+    elif form != "packed":
+        with tarfile.open(path) as tar:
+            tar.extractall(tmp_path / "unpacked", filter="data")
+        path = tmp_path / "unpacked"
+        if form != "the folder around it":
+            path = next(path.iterdir())
+        if form == "unpacked and renamed":
+            path = path.rename(tmp_path / "batches")
+    trees.add(name, path, root=root)
+    assert [file.name for file in root.iterdir()] == [f"{name}.safetensors"]
+    assert "nothing to do" in trees.add(name, tree, root=root)
+    assert "nothing to do" in trees.add(name, path, size=32, root=root)
+
+
+class Run:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/bagssl-unpickled",)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def of_another_kind(path):
+    path.write_bytes(archive(content=b"other"))
+
+
+def a_page(path):
+    path.write_bytes(b"<html>Please log in</html>")
+
+
+def with_a_pickle_that_runs(path):
+    path.write_bytes(packed("cifar-10-batches-py", {"data_batch_1": pickle.dumps(Run())}))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("spoil", [cut_short, of_another_kind, a_page, with_a_pickle_that_runs, empty])
+def test_a_file_that_is_not_the_published_archive_is_never_opened(spoil, published, root, monkeypatch):
+    name, path, _ = published
+    spoil(path)
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("opened"))
+    for called in (name, "other"):
+        message = "is not the published cifar-.*MD5" if called == name else "is not a folder, nor an .npz file"
+        with pytest.raises(InputError, match=message) as caught:
+            trees.add(called, path, root=root)
+        assert "\n" not in str(caught.value) and not root.exists()
+
+
+@pytest.mark.parametrize("damage", ["a pickle that runs", "one that is missing", "a pipe", "another meta"])
+def test_unpacked_files_that_are_not_the_published_ones_are_never_opened(damage, published, root, tmp_path):
+    from torchvision import datasets
+
+    name, path, _ = published
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    folder = tmp_path / "unpacked" / kind.base_folder
+    file = folder / (kind.meta["filename"] if "meta" in damage else kind.test_list[0][0])
+    file.unlink()
+    if damage == "a pipe":
+        os.mkfifo(file)
+    elif "missing" not in damage:
+        file.write_bytes(pickle.dumps(Run()))
+    with pytest.raises(InputError, match=f"cannot be read as what was published of {name} .*corrupted") as caught:
+        trees.add(name, folder, root=root)
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("data/*"))
+    assert not os.path.exists("/tmp/bagssl-unpickled")
+
+
 @pytest.mark.parametrize(
     "shape, message",
     [
         (
             {"train": 1, "test": 1, "height": 32, "width": 32},
-            "2 train images of each class, this tree 1 of 'airpl",
+            "2 train images of each class, here are 1 of 'airpl",
         ),
         (
             {"train": 2, "test": 2, "height": 32, "width": 32},
-            "1 test images of each class, this tree 2 of 'airpl",
+            "1 test images of each class, here are 2 of 'airpl",
         ),
         ({"train": 2, "test": 1, "height": 24, "width": 24}, "cifar10 has images of 32×32 px"),
     ],
