@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from bagssl.caches import blank, free_memory
-from bagssl.data import SPLITS, refusal
+from bagssl.catalogue import SPLITS, refusal
 from bagssl.pictures import fit
 
 NAMES = (("{}_x", "{}_y"), ("{}_images", "{}_labels"), ("x_{}", "y_{}"))  # of the pixels and labels of a split

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagssl.data import FORMAT, SPLITS, blocks, cache, check, fingerprint, one_line, refusal
+from bagssl.catalogue import FORMAT, SPLITS, cache, one_line, refusal
+from bagssl.data import blocks, check, fingerprint
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
 

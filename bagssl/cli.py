@@ -94,10 +94,10 @@ def list_experiments(arguments: argparse.Namespace) -> None:
 
 
 def data_list(arguments: argparse.Namespace) -> None:
-    from bagssl import data
+    from bagssl.catalogue import status
 
     columns = ("name", "state", "train", "test", "classes", "size", "source")
-    rows = [[str(row[name] if row[name] is not None else "") for name in columns] for row in data.status()]
+    rows = [[str(row[name] if row[name] is not None else "") for name in columns] for row in status()]
     print(table([[name.upper() for name in columns], *rows]))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from bagssl.data import refusal
+from bagssl.catalogue import refusal
 from bagssl.errors import InputError
 
 _TIFF_BITS, _TIFF_KIND = 258, 262  # tags: bits of a sample; 0 where white is zero

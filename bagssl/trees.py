@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from bagssl import arrays, pictures
 from bagssl.caches import blank, sound, store
-from bagssl.data import CIFAR, EMBEDDED, SPLITS, cache, how_to_add, is_name, one_line, refusal
+from bagssl.catalogue import CIFAR, EMBEDDED, SPLITS, cache, how_to_add, is_name, one_line, refusal
 from bagssl.errors import InputError
 from bagssl.paths import cores, sweep
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from test_trees import contents, picture, plant
 
-from bagssl import arrays, caches, cli, data, trees
+from bagssl import arrays, caches, catalogue, cli, data, trees
 from bagssl.errors import InputError
 from bagssl.runs import Run
 
@@ -200,11 +200,11 @@ def cifar(count=2, side=32):
 
 @pytest.fixture
 def small_cifar(monkeypatch):
-    monkeypatch.setitem(data.CIFAR, "cifar10", (data.CIFAR["cifar10"][0], {"train": 2, "test": 1}))
+    monkeypatch.setitem(catalogue.CIFAR, "cifar10", (catalogue.CIFAR["cifar10"][0], {"train": 2, "test": 1}))
 
 
 def test_cifar_as_arrays_is_cifar(small_cifar, add, root, tmp_path):
-    classes = data.CIFAR["cifar10"][0]
+    classes = catalogue.CIFAR["cifar10"][0]
     trees.add("cifar10", plant(tmp_path / "tree", classes, 2, 1, 32, 32), root=root)
     assert "nothing to do" in add(cifar(), "cifar10")
     assert "nothing to do" in add(cifar() | {"classes": np.array(classes)}, "cifar10")
@@ -213,7 +213,8 @@ def test_cifar_as_arrays_is_cifar(small_cifar, add, root, tmp_path):
 @pytest.mark.parametrize("found, message", [
     (lambda: cifar(1), "2 train images of each class, here are 1 of 'airplane': add it under another name"),
     (lambda: cifar(side=28), "cifar10 has images of 32×32 px"),
-    (lambda: cifar() | {"classes": np.array(data.CIFAR["cifar10"][0][::-1])}, "have an order, airplane, automobile"),
+    (lambda: cifar() | {"classes": np.array(catalogue.CIFAR["cifar10"][0][::-1])},
+     "have an order, airplane, automobile"),
     (lambda: cifar() | {"classes": np.array([*"abcdefghij"])}, "here 'a' does not belong"),
     (ours, "cifar10 has 10 classes"),
 ])  # fmt: skip

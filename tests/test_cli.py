@@ -31,7 +31,7 @@ def project(tmp_path, monkeypatch) -> Path:
     (notebooks / "experiments.yaml").write_text(yaml.safe_dump({"patch-vs-multiscale": entry}, sort_keys=False))
     for module in (experiments, reproduce):
         monkeypatch.setattr(module, "home", lambda: tmp_path)
-    monkeypatch.setattr(stages, "_fingerprint", lambda name: "data")
+    monkeypatch.setattr(stages, "_checked", lambda name: "data")
 
     def run(*_, **__):
         raise AssertionError("ran, and should have been refused")

@@ -2,13 +2,15 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_trees import plant
 
-from bagssl import data, trees
+from bagssl import catalogue, data, trees
 from bagssl.errors import InputError
 
 
@@ -56,8 +58,8 @@ def test_synthetic_needs_no_cache(root):
 def test_status_lists_every_state(tree, root):
     trees.add("pets", tree, root=root)
     (root / "broken.safetensors").write_bytes(b"not a cache")
-    rows = {row["name"]: row for row in data.status(root)}
-    assert list(rows) == data.names(root) == ["synthetic", "cifar10", "cifar100", "broken", "pets"]
+    rows = {row["name"]: row for row in catalogue.status(root)}
+    assert list(rows) == catalogue.names(root) == ["synthetic", "cifar10", "cifar100", "broken", "pets"]
     assert {name: row["state"] for name, row in rows.items()} == {
         "synthetic": "embedded",
         "cifar10": "absent",
@@ -71,7 +73,7 @@ def test_status_lists_every_state(tree, root):
 
 
 def test_cifar_classes_are_in_the_published_order():
-    for name, (classes, counts) in data.CIFAR.items():
+    for name, (classes, counts) in catalogue.CIFAR.items():
         assert list(classes) == sorted(set(classes)) and len(classes) == int(name.removeprefix("cifar"))
         assert [len(classes) * counts[split] for split in data.SPLITS] == [50_000, 10_000]
 
@@ -107,11 +109,11 @@ def lose_the_header(path):
 
 def come_from_the_future(path):
     tensors, metadata = opened(path)
-    save_file(tensors, path, {"bagssl": metadata["bagssl"].replace(data.FORMAT, "bagssl-images-99")})
+    save_file(tensors, path, {"bagssl": metadata["bagssl"].replace(catalogue.FORMAT, "bagssl-images-99")})
 
 
 def opened(path):
-    with data.safe_open(path, framework="pt") as file:
+    with catalogue.safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118 - no dict
 
 
@@ -153,3 +155,34 @@ def test_absent_data_is_never_replaced_by_other_data(name, split, message, root)
     with pytest.raises(InputError, match=message):
         data.load(name, split, root)
     assert not root.exists()
+
+
+def test_what_is_said_of_made_data_without_making_it_is_so(monkeypatch):
+    assert catalogue.MADE.keys() == catalogue.EMBEDDED.keys()
+    for name, said in catalogue.MADE.items():
+        images = {split: data.load(name, split) for split in data.SPLITS}
+        assert said["splits"] == {split: (len(each), each.fingerprint) for split, each in images.items()}
+        assert said["classes"] == len(images["train"].classes)
+        assert said["size"] == "{2}×{3}".format(*images["train"].pixels.shape)
+        assert catalogue.recorded(name) == data.check(name)
+    monkeypatch.setitem(catalogue.EMBEDDED, "stripes", None)
+    assert catalogue.recorded("stripes") is None and catalogue._about("stripes", None)["state"] == "embedded"
+
+
+def test_what_a_cache_was_written_with_is_read_without_its_images(tmp_path, monkeypatch):
+    trees.add("pets", plant(tmp_path / "tree"), root=tmp_path)
+    assert catalogue.recorded("pets", tmp_path) == data.check("pets", tmp_path)
+    for name, match in (("pats", "did you mean 'pets'"), ("../pets", "is not in")):
+        with pytest.raises(InputError, match=match):
+            catalogue.recorded(name, tmp_path)
+    catalogue.cache("pets", tmp_path).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is damaged"):
+        catalogue.recorded("pets", tmp_path)
+
+
+@pytest.mark.parametrize("words", ["list", "data list", "--help", "runs --help", "reproduce nothing", "--version"])
+def test_what_computes_nothing_loads_no_torch(words):
+    code = "import sys; from bagssl.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True,
+                           check=False)
+    assert ended.stdout.splitlines()[-1] == "False", ended.stderr

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from bagssl import caches, cli, data, pictures, trees
+from bagssl import caches, catalogue, cli, data, pictures, trees
 from bagssl.errors import InputError
 
 CLASSES = ("cat", "dog", "owl")
@@ -61,7 +61,7 @@ def root(tmp_path):
 @pytest.fixture
 def small_cifar(monkeypatch):
     """cifar10 with 2 train images and 1 test image of each class."""
-    monkeypatch.setitem(data.CIFAR, "cifar10", (data.CIFAR["cifar10"][0], {"train": 2, "test": 1}))
+    monkeypatch.setitem(catalogue.CIFAR, "cifar10", (catalogue.CIFAR["cifar10"][0], {"train": 2, "test": 1}))
 
 
 def test_a_tree_comes_back_pixel_by_pixel(tree, root):
@@ -350,7 +350,7 @@ def test_any_name_of_a_folder_or_file_will_do(tmp_path, monkeypatch, capsys):
     assert len(trees.add("pets", tree).encode().splitlines()) == 1
     assert data.load("pets", "test").classes == tuple(names) and data.check("pets")
     assert cli.main(["data", "list"]) == 0
-    assert len(capsys.readouterr().out.encode().splitlines()) == 1 + len(data.names())
+    assert len(capsys.readouterr().out.encode().splitlines()) == 1 + len(catalogue.names())
     (tree / "train" / names[0] / os.fsdecode(b"\xfe\n.png")).write_bytes(b"")
     assert cli.main(["data", "add", "more", str(tree)]) == 2
     assert len(capsys.readouterr().err.encode().splitlines()) == 1
@@ -699,7 +699,7 @@ def test_the_cache_is_to_the_byte_what_the_library_writes(tree, root):
     images = {split: data.load("pets", split, root) for split in data.SPLITS}
     tensors = {f"{split}_{kind}": getattr(images[split], kind)
                for split in data.SPLITS for kind in ("pixels", "labels")}  # fmt: skip
-    with data.safe_open(root / "pets.safetensors", framework="pt") as file:
+    with catalogue.safe_open(root / "pets.safetensors", framework="pt") as file:
         assert content == save(tensors, file.metadata())
     body = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     assert [*(image.fingerprint for image in images.values()), body] == [
@@ -761,21 +761,21 @@ def test_get_and_add_give_the_same_data(small_cifar, tmp_path, root, monkeypatch
     monkeypatch.setattr(trees, "_download", served)
     assert "20 train and 10 test images of 32×32 px" in trees.get("cifar10", root)
     assert [path.name for path in root.iterdir()] == ["cifar10.safetensors"]
-    tree = plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32)
+    tree = plant(tmp_path / "cifar", catalogue.CIFAR["cifar10"][0], 2, 1, 32, 32)
     assert "nothing to do" in trees.add("cifar10", tree, root=root)
     trees.add("cifar10", tree, root=tmp_path / "other")
     assert data.check("cifar10", tmp_path / "other") == data.check("cifar10", root)
 
 
 def test_get_leaves_a_sound_cache_alone(small_cifar, tmp_path, root, monkeypatch):
-    trees.add("cifar10", plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
+    trees.add("cifar10", plant(tmp_path / "cifar", catalogue.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
     monkeypatch.setattr(trees, "_download", lambda *_: pytest.fail("downloaded"))
     assert "nothing to do" in trees.get("cifar10", root)
 
 
 @pytest.mark.parametrize("failure", [OSError("Network is unreachable"), RuntimeError("File corrupted.")])
 def test_get_offline_names_the_other_way(failure, small_cifar, tmp_path, root, monkeypatch):
-    trees.add("cifar10", plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
+    trees.add("cifar10", plant(tmp_path / "cifar", catalogue.CIFAR["cifar10"][0], 2, 1, 32, 32), root=root)
     before = contents(root)
 
     def fail(name, split, folder):
@@ -950,8 +950,8 @@ def published(request, monkeypatch, tmp_path):
 
     name = request.param
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    classes = data.CIFAR[name][0]
-    monkeypatch.setitem(data.CIFAR, name, (classes, {"train": 2, "test": 1}))
+    classes = catalogue.CIFAR[name][0]
+    monkeypatch.setitem(catalogue.CIFAR, name, (classes, {"train": 2, "test": 1}))
     key = "labels" if name == "cifar10" else "fine_labels"
     contents_of, lists = {}, {"train": [], "test": []}
     for s, (split, count) in enumerate({"train": 2, "test": 1}.items()):
@@ -1066,7 +1066,7 @@ def test_unpacked_files_that_are_not_the_published_ones_are_never_opened(damage,
     ],
 )
 def test_a_part_of_cifar_is_not_cifar(shape, message, small_cifar, tmp_path, root):
-    tree = plant(tmp_path / "cifar", data.CIFAR["cifar10"][0], **shape)
+    tree = plant(tmp_path / "cifar", catalogue.CIFAR["cifar10"][0], **shape)
     with pytest.raises(InputError, match=f"{message}.*another name"):
         trees.add("cifar10", tree, root=root)
     assert not root.exists()

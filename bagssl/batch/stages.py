@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bagssl import catalogue
 from bagssl.batch.experiments import Experiment
 from bagssl.errors import InputError, nearest
 from bagssl.parameters import conform, notebook_cells, notebook_parameters
@@ -63,7 +64,7 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
         try:
             if fetch:
                 _ensure_data(dataset)
-            fingerprints[dataset] = _fingerprint(dataset)
+            fingerprints[dataset] = (_checked if fetch else _recorded)(dataset)
         except InputError as error:
             if fetch:
                 raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
@@ -76,19 +77,25 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
 
 def _ensure_data(dataset: str) -> None:
     """Raise InputError unless the dataset is there or, for those with a public source, can be fetched now."""
-    from bagssl import data, trees
+    if not catalogue.available(dataset):
+        if dataset not in catalogue.CIFAR:
+            raise catalogue.absent(dataset, None)
+        from bagssl import trees
 
-    if not data.available(dataset):
-        if dataset not in data.CIFAR:
-            data.load(dataset, "train")  # raises, and says how to add it
         print(trees.get(dataset), flush=True)
 
 
 @functools.cache
-def _fingerprint(dataset: str) -> str:
+def _checked(dataset: str) -> str:
     from bagssl import data
 
     return " ".join(data.check(dataset).values())
+
+
+@functools.cache
+def _recorded(dataset: str) -> str:
+    found = catalogue.recorded(dataset)
+    return " ".join(found.values()) if found else _checked(dataset)
 
 
 @functools.cache

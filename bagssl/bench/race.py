@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bagssl import data, devices
+from bagssl import catalogue, data, devices
 from bagssl.config import PretrainConfig
 from bagssl.paths import cores
 
@@ -40,7 +40,7 @@ class Machine:
         self.quick = quick
         self.size = {**(CUDA if self.device.type == "cuda" else CPU), **(QUICK if quick else {})}
         self.cores = cores()
-        known = [row["name"] for row in data.status() if row["state"] == "ready"]
+        known = [row["name"] for row in catalogue.status() if row["state"] == "ready"]
         self.dataset = dataset or ("cifar10" if "cifar10" in known else "synthetic")
         self.train, self.test = (data.load(self.dataset, split) for split in ("train", "test"))
 

@@ -79,9 +79,9 @@ def test_data_is_part_of_the_key(notebooks, tmp_path, monkeypatch):
     entry = {"artefact": "x", "notebook": "d.ipynb", "profiles": {"smoke": {"cost": "1 s", "parameters": {}}}}
     (tmp_path / "experiments.yaml").write_text(yaml.safe_dump({"d": entry}))
     experiment = load_experiments(tmp_path)["d"]
-    monkeypatch.setattr(stages, "_fingerprint", lambda name: "one")
+    monkeypatch.setattr(stages, "_checked", lambda name: "one")
     one = stages.plan(experiment, "smoke")
-    monkeypatch.setattr(stages, "_fingerprint", lambda name: "two")
+    monkeypatch.setattr(stages, "_checked", lambda name: "two")
     assert stages.plan(experiment, "smoke").key != one.key
     assert one.data == {"synthetic": "one"}
     with pytest.raises(InputError, match=r"d \(d.ipynb\): the dataset 'nowhere'"):

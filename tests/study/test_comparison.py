@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bagssl import data, evaluation, objectives
+from bagssl import catalogue, data, evaluation, objectives
 from bagssl.bags import embed_bags
 from bagssl.data import load
 from bagssl.errors import InputError
@@ -247,6 +247,6 @@ def test_an_outsiders_objective_and_dataset_appear_in_the_table(monkeypatch, tmp
     how = {"scale": 0.25, "probes": ["knn"], "progress": False}
     table = figures.comparison_table(comparison.over_seeds(comparison.measure_all(trained, train, test, [4], **how)))
     assert ("kNN", "toy", "patch-based") in table.index
-    assert "stripes" in data.names(tmp_path)
+    assert "stripes" in catalogue.names(tmp_path)
     with pytest.raises(InputError, match="toy has no option 'wieght': it has weight"):
         comparison.arms(["toy"], [0], recipe, {"toy": {"options": {"wieght": 2.0}}})

@@ -1,0 +1,153 @@
+"""Which datasets there are, as far as can be said without reading one: this imports no torch, which takes seconds."""
+
+import contextlib
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from bagssl.errors import InputError
+from bagssl.paths import data_root
+
+SPLITS = ("train", "test")
+FORMAT = "bagssl-images-1"
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+
+CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm"""
+
+CIFAR = {  # name: classes in the published (alphabetical) order, images of each class in train and test
+    "cifar10": (tuple(CIFAR10.split()), {"train": 5000, "test": 1000}),
+    "cifar100": (tuple(CIFAR100.split()), {"train": 500, "test": 100}),
+}
+
+
+def _synthetic(split: str) -> tuple:
+    from bagssl import synthetic
+
+    return *synthetic.draw(split)[:2], synthetic.CLASSES
+
+
+# What is made, not read: name -> a function from "train" or "test" to pixels, labels and classes (see `data.Images`).
+EMBEDDED = {"synthetic": _synthetic}
+# ... and what that comes to, for whoever asks in a hurry: classes, size, images and SHA-256 of each split. A test sees
+# to it that it is so.
+MADE = {"synthetic": {"classes": 10, "size": "32×32", "splits": {
+    "train": (4000, "29d01c1be63d954038c606d0baff893a398a604cbd9c00e43bce8a4368446cd7"),
+    "test": (1000, "d7c06264d47a67f96398411c44ac4166926cd78b07f890ad5a53466e94870e22")}}}  # fmt: skip
+
+
+def available(name: str, root: Path | None = None) -> bool:
+    """Whether `name` is embedded or has a cache; `check` says whether that is sound."""
+    return name in EMBEDDED or (is_name(name) and cache(name, root).is_file())
+
+
+def names(root: Path | None = None) -> list[str]:
+    """The datasets that are known by name, then those that were added to this root."""
+    known = [*EMBEDDED, *CIFAR]
+    added = (path.stem for path in root_of(root).glob("*.safetensors") if is_name(path.stem))
+    return known + sorted(set(added) - set(known))
+
+
+def status(root: Path | None = None) -> list[dict]:
+    """A row for each of `names`: name, state (embedded, ready, damaged, absent), train and test (counts of images),
+    classes (count), size (pixels, "32×32") and source. Only the headers of caches are read: `check` reads the rest."""
+    return [{"name": name, **_about(name, root)} for name in names(root)]
+
+
+def _about(name: str, root: Path | None) -> dict:
+    """The row of `status`, but for the name."""
+    row = {"state": "absent", "train": None, "test": None, "classes": None, "size": "", "source": how_to_add(name)}
+    if name in EMBEDDED:
+        made = MADE.get(name, {})
+        counts = {split: count for split, (count, _) in made.get("splits", {}).items()}
+        row |= {"classes": made.get("classes"), "size": made.get("size", ""), **counts}
+        return row | {"state": "embedded", "source": "built in"}
+    if available(name, root):
+        try:
+            with opened(cache(name, root), name, "np") as (file, about):
+                shapes = {split: file.get_slice(f"{split}_pixels").get_shape() for split in SPLITS}
+        except InputError:
+            return row | {"state": "damaged"}
+        row |= {"state": "ready", "classes": len(about["classes"]), "source": about["source"]}
+        row |= {split: shape[0] for split, shape in shapes.items()} | {"size": "{2}×{3}".format(*shapes["train"])}
+    return row
+
+
+def recorded(name: str, root: Path | None = None) -> dict[str, str] | None:
+    """The SHA-256 of both splits as they were written down; `data.check` looks whether they are so still.
+
+    None for what is made and nowhere written down. Raises InputError, with the command that adds the data, when it is
+    absent or its header is damaged.
+    """
+    if name in EMBEDDED:
+        return {split: digest for split, (_, digest) in MADE[name]["splits"].items()} if name in MADE else None
+    if not available(name, root):
+        raise absent(name, root)
+    with opened(cache(name, root), name, "np") as (_, about):
+        return {split: about[split] for split in SPLITS}
+
+
+def absent(name: str, root: Path | None) -> InputError:
+    close = difflib.get_close_matches(name, names(root), n=1)
+    meant = f"did you mean {close[0]!r}? Or " if close and close != [name] else ""
+    return refusal(f"the dataset {name!r} is not in {root_of(root)}: {meant}add it by {how_to_add(name)}")
+
+
+@contextlib.contextmanager
+def opened(path: Path, name: str, framework: str = "pt") -> Iterator[tuple]:
+    """An open cache and what its header says; a file that is no sound cache raises InputError."""
+    try:
+        with safe_open(path, framework=framework) as file:
+            about = json.loads((file.metadata() or {})["bagssl"])
+            if about["format"] != FORMAT:
+                raise damaged(path, name, f"its format is {about['format']}, not {FORMAT}")
+            yield file, about
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise damaged(path, name, error) from error
+
+
+def damaged(path: Path, name: str, reason: object) -> InputError:
+    return refusal(f"{path} is damaged ({reason}): rebuild it by {how_to_add(name)}")
+
+
+def how_to_add(name: str) -> str:
+    """The command that adds a dataset, or the two."""
+    by_tree = f"bagssl data add {name} PATH"
+    return f"bagssl data get {name}, or {by_tree}" if name in CIFAR else by_tree
+
+
+def is_name(name: str) -> bool:
+    """Whether a dataset that is added may have this name: it is that of a file as well, and never a path."""
+    return re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name) is not None
+
+
+def cache(name: str, root: Path | None) -> Path:
+    """The file of a dataset that was added, below `root` or else $BAGSSL_DATA, whether it is there or not."""
+    return root_of(root) / f"{name}.safetensors"
+
+
+def root_of(root: Path | None) -> Path:
+    return data_root() if root is None else Path(root)
+
+
+def refusal(message: str) -> InputError:
+    """What to raise: the message in one line."""
+    return InputError(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """For a terminal, whatever an error or a file name holds: line breaks, or bytes that are no text."""
+    return " ".join(text.encode(errors="replace").decode().split())
