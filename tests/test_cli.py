@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(words, writable, capsys, monke
             monkeypatch.setenv(name, str(writable / "file" / "below"))
     if words == "report":
         refused = OSError(errno.EROFS, "Read-only file system", str(writable))
-        monkeypatch.setattr("bagssl.paths.tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(refused))
+        monkeypatch.setattr("bagssl.paths.hold", lambda _: (_ for _ in ()).throw(refused))
     assert "Not a directory" in (line := said(words, capsys)) or "Read-only" in line
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -30,7 +32,7 @@ from bagssl.batch.experiments import load_experiments
 from bagssl.config import PretrainConfig
 from bagssl.paths import write_atomically
 from bagssl.pretraining import pretrain
-from bagssl.study import figures
+from bagssl.study import comparison, figures
 
 KILLED = 137
 # what changes the disk: Python reports each of these before it happens
@@ -282,3 +284,98 @@ def test_a_folder_means_what_it_does_where_the_command_is_given(tmp_path, monkey
              f"assert {{str(root()) for root in (paths.data_root, paths.runs_root)}} == {{{str(meant)!r}}}"]
     write_notebook(tmp_path / "n.ipynb", cells)
     assert kernels.Kernels().run(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {}, {}) == {}
+
+
+# Disks that lack something
+
+
+def refusing(number: int, spared=lambda *_: False):
+    """What a system call becomes on a disk that answers it with this error, but for the arguments that are spared."""
+    def refused(real):
+        def call(*words, **options):
+            if spared(*words):
+                return real(*words, **options)
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    return refused
+
+
+def refuse(monkeypatch, number: int, *names: str, spared=lambda *_: False) -> None:
+    for name in names:
+        monkeypatch.setattr(os, name, refusing(number, spared)(getattr(os, name)))
+
+
+NO_MODES = ("chmod", "fchmod", "lchmod", "chown", "fchown", "utime", "setxattr")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EACCES, errno.ENOSYS],
+                         ids=lambda number: errno.errorcode[number])
+def test_a_disk_that_keeps_modes_and_times_to_itself_is_written_to(number, tmp_path, monkeypatch):
+    """CIFS, exFAT, some FUSE: files, models, their copies beside a notebook's results, and those results."""
+    refuse(monkeypatch, number, *(name for name in NO_MODES if hasattr(os, name)))
+    with pytest.raises(OSError):  # negative control
+        shutil.copytree(tmp_path, tmp_path.with_name("copied"))
+    a_run(tmp_path)
+    a_table(tmp_path)
+    (run,) = runs.list_runs(tmp_path)
+    (run.path / "evaluations").mkdir()
+    (run.path / "evaluations" / "one.json").touch()
+    for _ in range(2):
+        comparison.provenance(tmp_path / "output", [run], {})
+        copied = {path.relative_to(tmp_path / "output/runs").as_posix() for path in tmp_path.glob("output/runs/**/*.*")}
+        assert copied - {run.path.name} == {f"{run.path.name}/{name}" for name in (
+            "config.json", "history.csv", "metrics.json", "provenance.json", "evaluations/one.json")}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_mode_that_the_umask_says(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with write_atomically(tmp_path / "a.json") as path:
+            path.write_text("a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_disk_that_knows_no_fsync_is_written_to_and_one_that_fails_says_so(tmp_path, monkeypatch):
+    for number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        refuse(monkeypatch, number, "fsync")
+        a_table(tmp_path)
+        assert len(list(tmp_path.rglob("accuracy.*"))) >= 2
+    for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # negative control
+        refuse(monkeypatch, number, "fsync")
+        with pytest.raises(OSError) as error, write_atomically(tmp_path / "b.json") as path:
+            path.write_text("b")
+        assert error.value.errno == number and error.value.filename == str(tmp_path / "b.json")
+        assert not list(tmp_path.glob("*b.json*"))
+
+
+def test_where_no_lock_tells_what_killed_writers_left_goes_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK)(None))
+    for name, age in (("old", 86_500), ("young", 3600)):
+        (tmp_path / f".{name}.tmp").touch()
+        os.utime(tmp_path / f".{name}.tmp", (time.time() - age,) * 2)
+    with write_atomically(tmp_path / "a.json") as path:
+        path.write_text("a")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".young.tmp"}
+
+
+def test_results_that_came_with_a_containers_image_are_replaced(tmp_path, monkeypatch, stopped_clock):
+    """Its file system renames files of the image, and folders that were made since, but no folder of the image."""
+    write_notebooks(tmp_path / "notebooks")
+    some_results(tmp_path)
+    inside = tmp_path / "smoke" / "good"
+    before = files(inside)
+    earlier_than(inside / "sum.md")
+    refuse(monkeypatch, errno.EXDEV, "replace", "rename", spared=lambda source, *_: Path(source) != inside)
+    with pytest.raises(OSError):  # negative control
+        os.replace(inside, inside.with_name("elsewhere"))
+    some_results(tmp_path)
+    assert files(inside) == before and [path.name for path in inside.parent.iterdir() if path.is_dir()] == ["good"]
+    refuse(monkeypatch, errno.EACCES, "replace")
+    with pytest.raises(PermissionError):
+        paths.move_folder(inside, inside.with_name("elsewhere"))
+    assert files(inside) == before
