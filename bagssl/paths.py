@@ -6,6 +6,7 @@ where it has them.
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import shutil
@@ -48,12 +49,45 @@ def _folder(variable: str) -> Path | None:
     named = os.environ.get(variable)
     if not named:
         return None
+    if named.startswith("~") and os.path.expanduser(named) == named:
+        raise InputError(f"{variable}={named} begins with a home folder, and there is none: write it from / on")
     return Path(os.path.expanduser(named)).absolute()
 
 
 def cores() -> int:
-    """Cores that this process may use: on a cluster's node those of its job, not all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: on a cluster's node those of its job, in a container those of its quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(bound, quota()))
+
+
+def quota(proc: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that the container or its job may use, above 0: of its control group and all around it.
+
+    Infinity where there is no quota, or none that can be read: as on systems without control groups.
+    """
+    shares = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        for line in proc.read_text().splitlines():
+            number, controllers, group = line.split(":", 2)
+            roots = [mounts, mounts / "unified"] if number == "0" else []  # version 2
+            if "cpu" in controllers.split(","):  # version 1
+                roots = [mounts / "cpu", mounts / controllers]
+            # the root as well: a container's own group is mounted there, by whatever path it is known outside
+            shares += [_share(root / above.lstrip("/")) for root in roots
+                       for above in (group, *map(str, Path(group).parents))]  # fmt: skip
+    return min(shares)
+
+
+def _share(group: Path) -> float:
+    """The quota of one control group in cores: cpu.max of version 2, two files of version 1; infinity for none."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        if (group / "cpu.max").exists():
+            used, period = (group / "cpu.max").read_text().split()
+        else:
+            used, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        share = int(used) / int(period)  # "max" and -1: none
+        return share if share > 0 else math.inf
+    return math.inf
 
 
 def sweep(path: Path) -> None:

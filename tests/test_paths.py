@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 from test_experiments import write_notebook
 from test_trees import plant
 
-from bagssl import data, paths, pretraining, runs, trees
+from bagssl import data, devices, paths, pretraining, runs, trees
 from bagssl.batch import kernels, notebook, reproduce, stages
 from bagssl.batch.experiments import load_experiments
 from bagssl.config import PretrainConfig
+from bagssl.errors import InputError
 from bagssl.paths import write_atomically
 from bagssl.pretraining import pretrain
 from bagssl.study import comparison, figures
@@ -379,3 +380,69 @@ def test_results_that_came_with_a_containers_image_are_replaced(tmp_path, monkey
     with pytest.raises(PermissionError):
         paths.move_folder(inside, inside.with_name("elsewhere"))
     assert files(inside) == before
+
+
+@pytest.mark.parametrize("named", ["~/data", "~", "~nobody-of-this-name/data"])
+def test_a_folder_in_a_home_that_there_is_not_is_one_line(named, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("BAGSSL_DATA", named)
+    with pytest.raises(InputError, match=f"BAGSSL_DATA={named} begins with a home folder"):
+        paths.data_root()
+    monkeypatch.setenv("BAGSSL_DATA", "./~data")  # negative control
+    assert paths.data_root().name == "~data"
+
+
+# Boxes that give less than they have
+
+
+V1 = "{folder}/cpu.cfs_quota_us: {quota}\n{folder}/cpu.cfs_period_us: {period}"
+GROUPS = [
+    ("0::/", "cpu.max: 150000 100000", 1.5),
+    ("0::/a/b", "a/b/cpu.max: 50000 100000", 0.5),
+    ("0::/a/b", "a/b/cpu.max: max 100000\na/cpu.max: 300000 100000", 3),  # of the pod around it
+    ("0::/a/b", "a/b/cpu.max: 400000 100000\na/cpu.max: 200000 50000\ncpu.max: 700000 100000", 4),
+    ("0::/docker/1f", "cpu.max: 200000 100000", 2),  # its own group is mounted as the root
+    ("0::/../../a", "cpu.max: 200000 100000", 2),
+    ("12:cpu,cpuacct:/a\n0::/", V1.format(folder="cpu,cpuacct/a", quota=250000, period=100000), 2.5),
+    ("3:cpuset:/\n4:cpu:/docker/1f\n", V1.format(folder="cpu", quota=100000, period=50000), 2),
+    ("4:cpu:/\n0::/a", "unified/a/cpu.max: 100000 100000", 1),
+    ("4:cpu:/", V1.format(folder="cpu", quota=-1, period=100000), math.inf),
+    ("4:cpu:/", V1.format(folder="cpu", quota=100000, period=0), math.inf),
+    ("5:cpuset:/", V1.format(folder="cpuset", quota=100000, period=100000), math.inf),
+    ("0::/", "cpu.max: max 100000", math.inf), ("0::/", "cpu.max: max", math.inf), ("0::/", "cpu.max: ", math.inf),
+    ("0::/", "", math.inf), ("", "cpu.max: 1 1", math.inf), ("nonsense", "", math.inf),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group, written, cores", GROUPS)
+def test_the_quota_of_a_container_is_that_of_its_group_and_all_around_it(group, written, cores, tmp_path):
+    (tmp_path / "cgroup").write_text(group)
+    for line in written.splitlines():
+        name, _, content = line.partition(": ")
+        (tmp_path / "mounts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mounts" / name).write_text(content + "\n")
+    assert paths.quota(tmp_path / "cgroup", tmp_path / "mounts") == cores
+    assert paths.quota(tmp_path / "none", tmp_path / "mounts") == math.inf
+
+
+@pytest.mark.parametrize("quota, cores", [(0.1, 1), (1.0, 1), (1.01, 2), (3.5, 4), (8, 4), (1e6, 4), (math.inf, 4)])
+def test_cores_are_those_of_the_quota_rounded_up_and_no_more_than_the_process_is_bound_to(quota, cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 7}, raising=False)
+    monkeypatch.setattr(paths, "quota", lambda: quota)
+    assert paths.cores() == cores and isinstance(paths.cores(), int)
+
+
+@pytest.mark.parametrize("quota, told, threads", [
+    (1.5, "", 2), (0.2, "", 1), (3, "", 3), (8, "", 3), (math.inf, "", 3), (1.5, "3", 3)])  # fmt: skip
+def test_torch_has_as_many_threads_as_the_quota_leaves_unless_it_is_told_otherwise(quota, told, threads, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    for module in (paths, devices):
+        monkeypatch.setattr(module, "quota", lambda: quota)
+    torch.set_num_threads(3)
+    try:
+        devices.heed_quota()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
