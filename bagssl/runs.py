@@ -37,7 +37,7 @@ from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from bagssl.errors import InputError, Stopped
+from bagssl.errors import InputError, Stopped, shortage
 from bagssl.locks import lock_at, remedy
 from bagssl.paths import cores, home, runs_root, write_atomically
 from bagssl.progress import notice
@@ -295,7 +295,9 @@ def load_checkpoint(run: Run, device: torch.device, names: Collection[str] = ())
         if not isinstance(state, dict) or not state.keys() >= set(names):
             raise KeyError(f"it needs {', '.join(names)}")
         return state
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file
+        if shortage(type(error).__name__, str(error)):  # no fault of the file's
+            raise
         print(f"{path} cannot be read ({type(error).__name__}): training starts again", file=sys.stderr)
         return None
 
