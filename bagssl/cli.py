@@ -12,11 +12,13 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from bagssl import __version__
-from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.errors import Diverged, InputError, Stopped, shortage
 
-# What a disk refuses; any other OSError is a bug.
+# What a disk refuses, does not know, or no longer answers; any other OSError is a bug.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-         errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}  # fmt: skip
+         errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP, errno.EMLINK,
+         errno.EXDEV, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
+         errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN}  # fmt: skip
 
 # Every command imports what it needs when it runs: `bagssl --help` waits for no torch.
 
@@ -270,8 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        if error.errno not in _DISK:
+    except Exception as error:
+        if lacking := shortage(type(error).__name__, str(error)):
+            return _say(lacking, 1)
+        if not isinstance(error, OSError) or error.errno not in _DISK:
             raise
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{error.strerror}; make room or let it be written, or set BAGSSL_DATA, "

@@ -5,9 +5,22 @@ import os
 import torch
 
 from bagssl.errors import InputError, check_choice
+from bagssl.paths import cores, quota
 
 COMPILE_FROM = 5_000_000  # crops on CUDA: compiling takes 10 to 30 s there, and spares 2 to 5 microseconds of each
 COMPILED = ("none", "colours", "all", "graphs", "all+graphs")
+
+
+def heed_quota() -> None:
+    """No more threads than a container's quota leaves, which torch does not count: the others wait for each other.
+
+    Nothing changes where there is no quota, or where $OMP_NUM_THREADS says how many.
+    """
+    if not os.environ.get("OMP_NUM_THREADS") and torch.get_num_threads() > quota():
+        torch.set_num_threads(cores())
+
+
+heed_quota()  # once: who imports this trains or embeds
 
 
 def pick_device(name: str) -> str:

@@ -1,6 +1,7 @@
 """What can go wrong, in three words; the command line turns each into an exit code, a notebook into one line."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 
@@ -36,3 +37,34 @@ def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     """Raises InputError, with the nearest known word, when `value` is none of `known`; `name`: what it is."""
     if value not in known:
         raise InputError(f"unknown {name} {value!r}; {nearest(str(value), list(known))}")
+
+
+# What a box has too little of, by what Python, torch, CUDA and the system say of it (the last: `OSError` in text).
+_SHORTAGES = [
+    (r"CUDA out of memory|CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED|\bOutOfMemoryError\b",
+     "the memory of the GPU does not suffice", "a smaller batch_size, fewer --jobs, or nothing else on this GPU"),
+    (r"</torch_|out of shared memory|shared memory object", "the shared memory does not suffice",
+     "more of it (/dev/shm; in a container by --shm-size), or fewer workers"),
+    (r"can't start new thread|[Tt]hread creation failed|pthread_create|BlockingIOError: .*unavailable",
+     "no more threads or processes may run",
+     "fewer --jobs, OMP_NUM_THREADS=1, or a higher limit (ulimit -u)"),
+    (r"Too many open files", "no more files may be open", "fewer --jobs, or a higher limit (ulimit -n)"),
+    (r"No usable temporary directory", "there is no folder for temporary files",
+     "TMPDIR set to one that may be written"),
+    (r"\b\w*MemoryError\b|[Nn]ot enough memory|Cannot allocate memory|bad_alloc|failed to map segment|static TLS block",
+     "the memory does not suffice", "a smaller batch_size, fewer --jobs, or more memory (ulimit -v; the job's limit)"),
+]  # fmt: skip
+
+
+def shortage(name: str, message: str) -> str | None:
+    """For an error, by its class's name and its message: one line that says what this box lacks and what would help;
+    None for any other.
+    """
+    if name in ("InputError", "Stopped", "Diverged"):  # which say themselves what to do
+        return None
+    for part in message.strip().splitlines() or [""]:
+        line = f"{name}: {part.strip()}".removesuffix(": ")
+        for said, lacking, helps in _SHORTAGES:
+            if re.search(said, line):
+                return f"{lacking} ({line}); what helps: {helps}"
+    return None

@@ -1,19 +1,27 @@
-"""Where things lie, how many cores there are, and how a file is written so that a reader never sees half of it."""
+"""Where things lie, how many cores there are, and how a file is written so that a reader never sees half of it.
+
+Of a disk no more is asked than that files can be made, written and renamed: locks, modes, times and `fsync` are used
+where it has them.
+"""
 
 import contextlib
-import fcntl
+import errno
+import math
 import os
+import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from bagssl.errors import InputError
+from bagssl.locks import hold
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _STALE = 86_400.0  # seconds: nobody downloads for a day, and few clocks are wrong by one
 _BEGUN = 2.0  # seconds after which whoever writes a file holds its lock
+_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def home() -> Path:
@@ -39,25 +47,62 @@ def runs_root() -> Path:
 def _folder(variable: str) -> Path | None:
     """The folder that the environment names, from the working folder on: the notebooks are executed in another one."""
     named = os.environ.get(variable)
-    return Path(os.path.expanduser(named)).absolute() if named else None
+    if not named:
+        return None
+    if named.startswith("~") and os.path.expanduser(named) == named:
+        raise InputError(f"{variable}={named} begins with a home folder, and there is none: write it from / on")
+    return Path(os.path.expanduser(named)).absolute()
 
 
 def cores() -> int:
-    """Cores that this process may use: on a cluster's node those of its job, not all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: on a cluster's node those of its job, in a container those of its quota."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(bound, quota()))
+
+
+def quota(proc: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores' worth of time that the container or its job may use, above 0: of its control group and all around it.
+
+    Infinity where there is no quota, or none that can be read: as on systems without control groups.
+    """
+    shares = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        for line in proc.read_text().splitlines():
+            number, controllers, group = line.split(":", 2)
+            roots = [mounts, mounts / "unified"] if number == "0" else []  # version 2
+            if "cpu" in controllers.split(","):  # version 1
+                roots = [mounts / "cpu", mounts / controllers]
+            # the root as well: a container's own group is mounted there, by whatever path it is known outside
+            shares += [_share(root / above.lstrip("/")) for root in roots
+                       for above in (group, *map(str, Path(group).parents))]  # fmt: skip
+    return min(shares)
+
+
+def _share(group: Path) -> float:
+    """The quota of one control group in cores: cpu.max of version 2, two files of version 1; infinity for none."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        if (group / "cpu.max").exists():
+            used, period = (group / "cpu.max").read_text().split()
+        else:
+            used, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        share = int(used) / int(period)  # "max" and -1: none
+        return share if share > 0 else math.inf
+    return math.inf
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers left in the folder of `path`: files that nobody holds, folders after a day."""
+    """Remove what killed writers left in the folder of `path`: files that nobody holds; after a day also folders, and
+    files of which no lock tells whether they are held.
+    """
     for left in path.parent.glob(".*.tmp"):
-        with contextlib.suppress(OSError):  # held, or on a disk that knows no locks
+        with contextlib.suppress(OSError):  # another's, or gone
             age = time.time() - left.stat().st_mtime
             if left.is_dir() and age > _STALE:
                 shutil.rmtree(left)
             elif not left.is_dir() and age > _BEGUN:
                 with open(left, "r+b") as stream:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    left.unlink()
+                    if (free := hold(stream)) or (free is None and age > _STALE):
+                        left.unlink()
 
 
 @contextlib.contextmanager
@@ -71,17 +116,13 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
         raise InputError(f"{path} is a folder, and a file belongs there: remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    with contextlib.suppress(OSError):  # a disk that knows no locks
-        fcntl.flock(handle, fcntl.LOCK_EX)  # until we end, however that is: `sweep` leaves it alone
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # its mode is what the reader's umask makes of it, from the beginning: some disks refuse to change one
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
+        hold(handle)  # until we end, however that is: `sweep` leaves it alone
         yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+        _flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not name the file
@@ -89,3 +130,42 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _flush(path: Path) -> None:
+    """To the disk; one that does not know how has written it already, or never says."""
+    with open(path, "rb") as stream:
+        try:
+            os.fsync(stream.fileno())
+        except OSError as error:
+            if error.errno not in _NO_FSYNC:
+                raise
+
+
+def copy_folder(source: Path, target: Path, without: Sequence[str] = ()) -> None:
+    """Copy what the files of a folder say, not their modes and times, which some disks refuse; over what is there.
+
+    without: patterns of names to leave out. Raises OSError for what cannot be read or written.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if any(fnmatch(path.name, pattern) for pattern in without):
+            continue
+        if path.is_dir():
+            copy_folder(path, target / path.name, without)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder to a name that is free; one that came with a container's image can only be copied and removed.
+
+    Killed in between it leaves the source, or all of the target, whole.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_folder(source, target)
+        shutil.rmtree(source)

@@ -33,11 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from bagssl.errors import InputError, Stopped
+from bagssl.errors import InputError, Stopped, shortage
+from bagssl.locks import lock_at, remedy
 from bagssl.paths import cores, home, runs_root, write_atomically
 from bagssl.progress import notice
 
@@ -253,19 +254,19 @@ def list_runs(root: Path | None = None) -> list[Run]:
 
 @contextlib.contextmanager
 def locked(run: Run, deadline: float = math.inf) -> Iterator[None]:
-    """Hold the run: whoever else wants it waits. The system frees the lock when its holder dies.
+    """Hold the run: whoever else wants it waits. The lock is free when its holder dies, on most disks (see locks.py).
 
     Raises Stopped when the wait reaches `deadline` (of the monotonic clock, in seconds) or is interrupted by Ctrl-C.
     """
-    lock, name = FileLock(run.path / ".lock"), run.path.name
+    lock, name = lock_at(run.path / ".lock"), run.path.name
     try:
         lock.acquire(timeout=0)
     except Timeout:
         try:
-            with notice(f"{name} is being trained by another process: waiting for it"):
+            with notice(f"{name} is being trained by another process: waiting for it{remedy(lock)}"):
                 lock.acquire(timeout=-1 if deadline == math.inf else max(0, deadline - time.monotonic()))
         except (KeyboardInterrupt, Timeout) as stop:
-            message = f"{name} is still being trained by another process; the next call waits for it again"
+            message = f"{name} is still being trained by another process{remedy(lock)}; the next call waits again"
             raise Stopped(message, interrupted=isinstance(stop, KeyboardInterrupt)) from None
     try:
         yield
@@ -294,7 +295,9 @@ def load_checkpoint(run: Run, device: torch.device, names: Collection[str] = ())
         if not isinstance(state, dict) or not state.keys() >= set(names):
             raise KeyError(f"it needs {', '.join(names)}")
         return state
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file
+        if shortage(type(error).__name__, str(error)):  # no fault of the file's
+            raise
         print(f"{path} cannot be read ({type(error).__name__}): training starts again", file=sys.stderr)
         return None
 

@@ -13,6 +13,8 @@ import matplotlib
 import pytest
 import torch
 
+import bagssl  # noqa: F401 - who has no home gets one, the notebooks' kernels as well
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 matplotlib.use("Agg")  # here alone: in MPLBACKEND it would take the figures from notebooks' kernels
 

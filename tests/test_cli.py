@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from test_experiments import write_notebook
 
@@ -105,10 +110,94 @@ def test_each_end_has_its_code(error, code, project, monkeypatch, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_bug_is_not_hidden(project, monkeypatch):
-    monkeypatch.setattr(reproduce, "reproduce", lambda *_, **__: {}["bug"])
-    with pytest.raises(KeyError):
+BUGS = [KeyError("bug"), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("memory order 'X'"),
+        OSError(errno.EBADF, "Bad file descriptor"), FileNotFoundError(errno.ENOENT, "No such file", "bug"),
+        ImportError("cannot import name 'bug'"), RuntimeError("CUDA error: device-side assert triggered"),
+        OSError("no errno"), AssertionError()]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", BUGS, ids=str)
+def test_a_bug_is_not_hidden(error, project, monkeypatch):
+    monkeypatch.setattr(reproduce, "reproduce", raising(error))
+    with pytest.raises(type(error)) as raised:
         cli.main(["reproduce"])
+    assert raised.value is error
+
+
+def raising(error):
+    def run(*_, **__):
+        raise error
+
+    return run
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's."""
+
+
+def many_files():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        with contextlib.ExitStack() as opened:
+            for _ in range(100):
+                opened.enter_context(open(os.devnull))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+SHORT = [  # what is done or raised; what the line says is lacking
+    (lambda: np.zeros(10**14), "the memory does not suffice (MemoryError: Unable to allocate"),
+    (lambda: torch.zeros(10**15), "the memory does not suffice (RuntimeError: "),
+    (lambda: bytes(2**62), "the memory does not suffice (MemoryError)"),
+    (lambda: mmap.mmap(-1, 2**46 - 4096), "the memory does not suffice (OSError: [Errno 12] Cannot allocate memory)"),
+    (many_files, "no more files may be open (OSError: [Errno 24] Too many open files"),
+    (OSError(errno.ENFILE, os.strerror(errno.ENFILE)), "no more files may be open"),
+    (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the memory of the GPU does not suffice"),
+    (RuntimeError("CUDA error: out of memory\nCompile with ..."), "the memory of the GPU does not suffice"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), "the memory of the GPU does not suffice"),
+    (RuntimeError("can't start new thread"), "no more threads or processes may run"),
+    (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), "no more threads or processes may run"),
+    (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "the memory does not suffice"),
+    (RuntimeError("std::bad_alloc"), "the memory does not suffice"),
+    (RuntimeError("unable to write to file </torch_12_0>: No space left on device (28)"), "the shared memory does not"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory."), "the shared memory does not suffice"),
+    (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "TMPDIR"),
+    (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "the memory does not suffice"),
+    (ImportError("\n\nIMPORTANT: READ THIS\n\nOriginal error was: x.so: failed to map segment from shared object\n"),
+     "the memory does not suffice (ImportError: Original error was"),
+    (OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), "/x"), "/x: No locks available; make room or let it be written"),
+    (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/x"), "/x: Stale file handle"),
+    (OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), "/x"), "/x: Transport endpoint is not connected"),
+    (OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), "/x"), "/x: Directory not empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cause, answer", SHORT, ids=[answer[:60] for _, answer in SHORT])
+def test_what_the_box_lacks_is_one_line_that_says_what_helps(cause, answer, project, monkeypatch, capsys):
+    work = raising(cause) if isinstance(cause, Exception) else lambda *_, **__: cause()
+    monkeypatch.setattr(reproduce, "reproduce", work)
+    assert cli.main(["reproduce"]) == 1
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1 and err.startswith("bagssl: ") and answer in err and not out
+    assert "what helps: " in err or "set BAGSSL_DATA" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what the process has from /proc")
+def test_too_little_memory_for_a_training_is_one_line(writable, capsys):
+    from test_paths import fork
+
+    def short():
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+        words = "pretrain --set epochs=1 --set views=20 --set width=64 --set size=32 --set batch_size=2000"
+        assert cli.main(words.split()) == 1
+        line, = capsys.readouterr().err.splitlines()
+        assert "the memory does not suffice" in line and "a smaller batch_size" in line
+
+    assert fork(short) == 0
+    assert not list(writable.rglob("*.tmp"))
 
 
 def test_reproduce_passes_on_what_was_asked(project, monkeypatch):
@@ -224,7 +313,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(words, writable, capsys, monke
             monkeypatch.setenv(name, str(writable / "file" / "below"))
     if words == "report":
         refused = OSError(errno.EROFS, "Read-only file system", str(writable))
-        monkeypatch.setattr("bagssl.paths.tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(refused))
+        monkeypatch.setattr("bagssl.paths.hold", lambda _: (_ for _ in ()).throw(refused))
     assert "Not a directory" in (line := said(words, capsys)) or "Read-only" in line
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -24,13 +26,14 @@ from matplotlib.figure import Figure
 from test_experiments import write_notebook
 from test_trees import plant
 
-from bagssl import data, paths, pretraining, runs, trees
+from bagssl import data, devices, paths, pretraining, runs, trees
 from bagssl.batch import kernels, notebook, reproduce, stages
 from bagssl.batch.experiments import load_experiments
 from bagssl.config import PretrainConfig
+from bagssl.errors import InputError
 from bagssl.paths import write_atomically
 from bagssl.pretraining import pretrain
-from bagssl.study import figures
+from bagssl.study import comparison, figures
 
 KILLED = 137
 # what changes the disk: Python reports each of these before it happens
@@ -282,3 +285,164 @@ def test_a_folder_means_what_it_does_where_the_command_is_given(tmp_path, monkey
              f"assert {{str(root()) for root in (paths.data_root, paths.runs_root)}} == {{{str(meant)!r}}}"]
     write_notebook(tmp_path / "n.ipynb", cells)
     assert kernels.Kernels().run(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {}, {}) == {}
+
+
+# Disks that lack something
+
+
+def refusing(number: int, spared=lambda *_: False):
+    """What a system call becomes on a disk that answers it with this error, but for the arguments that are spared."""
+    def refused(real):
+        def call(*words, **options):
+            if spared(*words):
+                return real(*words, **options)
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    return refused
+
+
+def refuse(monkeypatch, number: int, *names: str, spared=lambda *_: False) -> None:
+    for name in names:
+        monkeypatch.setattr(os, name, refusing(number, spared)(getattr(os, name)))
+
+
+NO_MODES = ("chmod", "fchmod", "lchmod", "chown", "fchown", "utime", "setxattr")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EACCES, errno.ENOSYS],
+                         ids=lambda number: errno.errorcode[number])
+def test_a_disk_that_keeps_modes_and_times_to_itself_is_written_to(number, tmp_path, monkeypatch):
+    """CIFS, exFAT, some FUSE: files, models, their copies beside a notebook's results, and those results."""
+    refuse(monkeypatch, number, *(name for name in NO_MODES if hasattr(os, name)))
+    with pytest.raises(OSError):  # negative control
+        shutil.copytree(tmp_path, tmp_path.with_name("copied"))
+    a_run(tmp_path)
+    a_table(tmp_path)
+    (run,) = runs.list_runs(tmp_path)
+    (run.path / "evaluations").mkdir()
+    (run.path / "evaluations" / "one.json").touch()
+    for _ in range(2):
+        comparison.provenance(tmp_path / "output", [run], {})
+        copied = {path.relative_to(tmp_path / "output/runs").as_posix() for path in tmp_path.glob("output/runs/**/*.*")}
+        assert copied - {run.path.name} == {f"{run.path.name}/{name}" for name in (
+            "config.json", "history.csv", "metrics.json", "provenance.json", "evaluations/one.json")}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_has_the_mode_that_the_umask_says(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with write_atomically(tmp_path / "a.json") as path:
+            path.write_text("a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_disk_that_knows_no_fsync_is_written_to_and_one_that_fails_says_so(tmp_path, monkeypatch):
+    for number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        refuse(monkeypatch, number, "fsync")
+        a_table(tmp_path)
+        assert len(list(tmp_path.rglob("accuracy.*"))) >= 2
+    for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # negative control
+        refuse(monkeypatch, number, "fsync")
+        with pytest.raises(OSError) as error, write_atomically(tmp_path / "b.json") as path:
+            path.write_text("b")
+        assert error.value.errno == number and error.value.filename == str(tmp_path / "b.json")
+        assert not list(tmp_path.glob("*b.json*"))
+
+
+def test_where_no_lock_tells_what_killed_writers_left_goes_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK)(None))
+    for name, age in (("old", 86_500), ("young", 3600)):
+        (tmp_path / f".{name}.tmp").touch()
+        os.utime(tmp_path / f".{name}.tmp", (time.time() - age,) * 2)
+    with write_atomically(tmp_path / "a.json") as path:
+        path.write_text("a")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".young.tmp"}
+
+
+def test_results_that_came_with_a_containers_image_are_replaced(tmp_path, monkeypatch, stopped_clock):
+    """Its file system renames files of the image, and folders that were made since, but no folder of the image."""
+    write_notebooks(tmp_path / "notebooks")
+    some_results(tmp_path)
+    inside = tmp_path / "smoke" / "good"
+    before = files(inside)
+    earlier_than(inside / "sum.md")
+    refuse(monkeypatch, errno.EXDEV, "replace", "rename", spared=lambda source, *_: Path(source) != inside)
+    with pytest.raises(OSError):  # negative control
+        os.replace(inside, inside.with_name("elsewhere"))
+    some_results(tmp_path)
+    assert files(inside) == before and [path.name for path in inside.parent.iterdir() if path.is_dir()] == ["good"]
+    refuse(monkeypatch, errno.EACCES, "replace")
+    with pytest.raises(PermissionError):
+        paths.move_folder(inside, inside.with_name("elsewhere"))
+    assert files(inside) == before
+
+
+@pytest.mark.parametrize("named", ["~/data", "~", "~nobody-of-this-name/data"])
+def test_a_folder_in_a_home_that_there_is_not_is_one_line(named, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("BAGSSL_DATA", named)
+    with pytest.raises(InputError, match=f"BAGSSL_DATA={named} begins with a home folder"):
+        paths.data_root()
+    monkeypatch.setenv("BAGSSL_DATA", "./~data")  # negative control
+    assert paths.data_root().name == "~data"
+
+
+# Boxes that give less than they have
+
+
+V1 = "{folder}/cpu.cfs_quota_us: {quota}\n{folder}/cpu.cfs_period_us: {period}"
+GROUPS = [
+    ("0::/", "cpu.max: 150000 100000", 1.5),
+    ("0::/a/b", "a/b/cpu.max: 50000 100000", 0.5),
+    ("0::/a/b", "a/b/cpu.max: max 100000\na/cpu.max: 300000 100000", 3),  # of the pod around it
+    ("0::/a/b", "a/b/cpu.max: 400000 100000\na/cpu.max: 200000 50000\ncpu.max: 700000 100000", 4),
+    ("0::/docker/1f", "cpu.max: 200000 100000", 2),  # its own group is mounted as the root
+    ("0::/../../a", "cpu.max: 200000 100000", 2),
+    ("12:cpu,cpuacct:/a\n0::/", V1.format(folder="cpu,cpuacct/a", quota=250000, period=100000), 2.5),
+    ("3:cpuset:/\n4:cpu:/docker/1f\n", V1.format(folder="cpu", quota=100000, period=50000), 2),
+    ("4:cpu:/\n0::/a", "unified/a/cpu.max: 100000 100000", 1),
+    ("4:cpu:/", V1.format(folder="cpu", quota=-1, period=100000), math.inf),
+    ("4:cpu:/", V1.format(folder="cpu", quota=100000, period=0), math.inf),
+    ("5:cpuset:/", V1.format(folder="cpuset", quota=100000, period=100000), math.inf),
+    ("0::/", "cpu.max: max 100000", math.inf), ("0::/", "cpu.max: max", math.inf), ("0::/", "cpu.max: ", math.inf),
+    ("0::/", "", math.inf), ("", "cpu.max: 1 1", math.inf), ("nonsense", "", math.inf),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("group, written, cores", GROUPS)
+def test_the_quota_of_a_container_is_that_of_its_group_and_all_around_it(group, written, cores, tmp_path):
+    (tmp_path / "cgroup").write_text(group)
+    for line in written.splitlines():
+        name, _, content = line.partition(": ")
+        (tmp_path / "mounts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mounts" / name).write_text(content + "\n")
+    assert paths.quota(tmp_path / "cgroup", tmp_path / "mounts") == cores
+    assert paths.quota(tmp_path / "none", tmp_path / "mounts") == math.inf
+
+
+@pytest.mark.parametrize("quota, cores", [(0.1, 1), (1.0, 1), (1.01, 2), (3.5, 4), (8, 4), (1e6, 4), (math.inf, 4)])
+def test_cores_are_those_of_the_quota_rounded_up_and_no_more_than_the_process_is_bound_to(quota, cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 7}, raising=False)
+    monkeypatch.setattr(paths, "quota", lambda: quota)
+    assert paths.cores() == cores and isinstance(paths.cores(), int)
+
+
+@pytest.mark.parametrize("quota, told, threads", [
+    (1.5, "", 2), (0.2, "", 1), (3, "", 3), (8, "", 3), (math.inf, "", 3), (1.5, "3", 3)])  # fmt: skip
+def test_torch_has_as_many_threads_as_the_quota_leaves_unless_it_is_told_otherwise(quota, told, threads, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    for module in (paths, devices):
+        monkeypatch.setattr(module, "quota", lambda: quota)
+    torch.set_num_threads(3)
+    try:
+        devices.heed_quota()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

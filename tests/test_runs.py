@@ -306,6 +306,22 @@ def test_one_changed_bit_in_a_checkpoint_means_training_again(tmp_path, capsys):
     assert "training starts again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: Error code "
+                                   "12 (Cannot allocate memory)"), OSError(errno.EMFILE, "Too many open files")])
+def test_a_checkpoint_that_memory_does_not_suffice_for_is_no_damaged_one(error, tmp_path, monkeypatch):
+    """To train again from the start would lose hours. Damage is told from it by the tests around this one."""
+    path = begun(tmp_path)
+    before = path.read_bytes()
+
+    def load(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(torch, "load", load)
+        train(tmp_path)
+    assert path.read_bytes() == before and train(tmp_path).finished
+
+
 @pytest.mark.parametrize("state", [{"x": 1}, [1, 2], {}])
 def test_a_checkpoint_of_another_kind_means_training_again(state, tmp_path, capsys):
     straight = train(tmp_path / "straight")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bagssl.batch.stages import read_record
+from bagssl.errors import shortage
 from bagssl.paths import data_root, results_root, runs_root
 
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
@@ -82,12 +83,15 @@ class Kernels:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
                 errors="replace", start_new_session=True)
             self.live[process] = target
+        last = ""  # of what it said: the reason, where it ended before any cell; rather what names a shortage
         try:
             with (contextlib.suppress(BrokenPipeError), process,  # which is waited for
                   open(target.with_name("log.txt"), "w", encoding="utf-8") as log):  # fmt: skip
                 process.stdin.write(json.dumps(dict(parameters)) + "\n")
                 process.stdin.flush()  # and left open: its end tells the process that this one is gone
                 for line in process.stdout:
+                    if line.strip() and (shortage("", line) or not shortage("", last)):
+                        last = line.strip()
                     if re.fullmatch(r"cell \d+/\d+", line.strip()):
                         self.cells[target] = line.strip()
                     log.write(line)
@@ -99,7 +103,8 @@ class Kernels:
         for path in (error, progress):
             path.unlink(missing_ok=True)
         if process.returncode and not record:
-            return {"ename": PROCESS_KILLED, "evalue": f"it ended with {process.returncode}; see log.txt"}
+            end = f"it ended with {process.returncode}, {last or 'silently'}; see log.txt"
+            return {"ename": PROCESS_KILLED, "evalue": end}
         return record
 
     def now(self) -> dict[str, str]:

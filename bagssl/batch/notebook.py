@@ -15,6 +15,7 @@ from unittest import mock
 
 from bagssl.batch.kernels import KERNEL_KILLED
 from bagssl.batch.stages import write_record
+from bagssl.errors import shortage
 from bagssl.parameters import notebook_cells
 from bagssl.paths import write_atomically
 
@@ -52,7 +53,9 @@ def _surroundings() -> Iterator[None]:
         kernel.mkdir(parents=True)
         (kernel / "kernel.json").write_text(json.dumps({"argv": words, "language": "python", "display_name": ""}))
         Path(folder, "matplotlibrc").touch()
-        with mock.patch.dict(os.environ, JUPYTER_PATH=folder, IPYTHONDIR=folder, MATPLOTLIBRC=folder):
+        names = ("JUPYTER_PATH", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
+                 "MATPLOTLIBRC")  # fmt: skip
+        with mock.patch.dict(os.environ, dict.fromkeys(names, folder)):
             yield
 
 
@@ -95,9 +98,9 @@ def normalise_notebook(path: Path) -> None:
 
 
 def error_line(error: Mapping[str, Any]) -> str:
-    """cell [7]: ValueError: the first line of its message."""
-    cell = f"cell [{error['cell']}]: " if error.get("cell") else ""
-    return f"{cell}{error['ename']}: {(str(error['evalue']).strip().splitlines() or [''])[0]}"
+    """cell [7]: ValueError: the first line of its message; or what the box lacks."""
+    cell, name, message = f"cell [{error['cell']}]: " if error.get("cell") else "", error["ename"], str(error["evalue"])
+    return cell + (shortage(name, message) or f"{name}: {(message.strip().splitlines() or [''])[0]}")
 
 
 def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:

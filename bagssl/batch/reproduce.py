@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from bagssl.batch.experiments import choose, load_experiments
 from bagssl.batch.kernels import PROCESS_KILLED, Board, Kernels, sigterm_as_ctrl_c
 from bagssl.batch.notebook import error_line, run_cells
 from bagssl.batch.stages import Stage, hashes, iso_time, plan, resolve, stage_provenance, state, write_record
 from bagssl.errors import InputError, Stopped, nearest
-from bagssl.paths import cores, home, write_atomically
+from bagssl.locks import lock_at, remedy
+from bagssl.paths import cores, home, move_folder, write_atomically
 
 OVERTIME = 60.0  # seconds past the time limit before a notebook that takes no notice of it is interrupted
 
@@ -113,12 +114,12 @@ def _run_all(works: Mapping[str, Callable[..., Outcome]], jobs: int, deadline: f
 def _run_stage(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable) -> Outcome:
     """Run one stage, alone on this machine: what another bagssl runs is waited for."""
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, waiting = FileLock(stage.beside("lock")), False
+    lock, waiting = lock_at(stage.beside("lock"), say), False
     while not kernels.stopping:
         with contextlib.suppress(Timeout), lock.acquire(timeout=0.2):
             return _run_locked(stage, fresh, deadline, kernels, say)
         if not waiting:
-            say("another process executes it: waiting for that")  # its results will then be fresh
+            say(f"another process executes it: waiting for that{remedy(lock)}")  # its results will then be fresh
         waiting = True
     return Outcome(130, "not started")
 
@@ -127,7 +128,7 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
     """Run one stage into its partial folder, and swap that in if all went well; keep it as failed if not."""
     partial, failed, old = map(stage.beside, ("partial", "failed", "old"))
     if old.exists() and not stage.folder.exists():
-        os.replace(old, stage.folder)  # a swap was cut short
+        move_folder(old, stage.folder)  # a swap was cut short
     if not fresh and state(stage) == "fresh":
         return Outcome(0, "fresh")
     if time.monotonic() >= deadline:
@@ -146,15 +147,15 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
                   "key": stage.key, "error": error}
         write_record(partial / "status.json", record)
         shutil.rmtree(failed, ignore_errors=True)
-        os.replace(partial, failed)
+        move_folder(partial, failed)
         return outcome
     (partial / "log.txt").unlink()
     write_record(partial / "provenance.json", provenance | {"end": iso_time(time.time()), "seconds": round(seconds, 1)})
     record = {"state": "done", "key": stage.key, "data": stage.data, "files": hashes(partial)}
     write_record(partial / "status.json", record)
     if stage.folder.exists():  # at no moment are both the old and the new results gone
-        os.replace(stage.folder, old)
-    os.replace(partial, stage.folder)
+        move_folder(stage.folder, old)
+    move_folder(partial, stage.folder)
     for path in (old, failed):
         shutil.rmtree(path, ignore_errors=True)
     return Outcome(0, f"done in {seconds:.0f} s")

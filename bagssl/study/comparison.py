@@ -1,7 +1,6 @@
 """The comparison of claim C2: arms of one objective that differ only in their crops, over seeds."""
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -16,7 +15,7 @@ from bagssl.data import Images
 from bagssl.errors import InputError, check_choice
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.objectives import OBJECTIVES
-from bagssl.paths import results_root
+from bagssl.paths import copy_folder, results_root
 from bagssl.pretraining import pretrain
 from bagssl.runs import Run
 
@@ -169,8 +168,7 @@ def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images
                parameters: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """What made the results, as a table; the records of the runs (all but their weights) are copied to output/runs."""
     for run in trained:
-        shutil.copytree(run.path, output / "runs" / run.path.name, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("weights*.safetensors", "checkpoint.pt", ".*"))  # fmt: skip
+        copy_folder(run.path, output / "runs" / run.path.name, ("weights*.safetensors", "checkpoint.pt", ".*"))
     record = runs.provenance()
     rows = {**record["versions"], **record["hardware"], "commit": record["commit"], "changed since": record["dirty"],
             **{f"{name} data": split.fingerprint[:16] for name, split in images.items()},
