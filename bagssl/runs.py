@@ -418,7 +418,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> tuple[str | None, bool | None]:
     def git(*words: str) -> str:
-        command = ["git", "-C", str(home()), *words]
+        # without a lock on the index, which a full disk would leave behind in the reader's checkout
+        command = ["git", "--no-optional-locks", "-C", str(home()), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):

@@ -288,7 +288,7 @@ def test_a_full_disk_is_one_line(words, writable, capsys):
 
 ON_TMPFS = """set -u; mount -t tmpfs -o size=64k none "$1"; export BAGSSL_RUNS="$1"
 shift; "$@"; echo "ended with $?"; find "$BAGSSL_RUNS" -name ".*.tmp"
-mount -o remount,size=64m "$BAGSSL_RUNS"; "$@" >/dev/null; echo "then with $?" """
+mount -t tmpfs -o remount,size=64m none "$BAGSSL_RUNS"; "$@" >/dev/null; echo "then with $?" """
 
 
 def test_a_full_file_system_is_one_line_and_with_room_the_next_call_ends_well(tmp_path):

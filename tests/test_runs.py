@@ -482,3 +482,19 @@ def test_another_repositorys_commit_is_not_ours(tmp_path, monkeypatch):
     (unpacked / "bagssl").rename(tmp_path / "bagssl")
     monkeypatch.setattr(runs, "home", lambda: tmp_path)
     assert len(runs.provenance()["commit"]) == 40 and runs.provenance()["dirty"] is True
+
+
+def test_asking_for_the_commit_leaves_no_lock_in_the_checkout(tmp_path, monkeypatch):
+    """Where the disk is full git is killed as it writes its index, and its lock stops every commit from then on."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b", *words],
+                              check=False, capture_output=True)  # fmt: skip
+
+    (tmp_path / "bagssl").mkdir()
+    (tmp_path / "bagssl" / "runs.py").touch()
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "ours")
+    monkeypatch.setattr(runs, "home", lambda: tmp_path)
+    os.utime(tmp_path / "bagssl" / "runs.py", (1e9, 1e9))  # which git would write down when it is asked for the state
+    assert on_a_small_disk(50, lambda: runs.provenance()) == 0
+    assert not (tmp_path / ".git" / "index.lock").exists() and len(runs.provenance()["commit"]) == 40
+    assert on_a_small_disk(50, lambda: git("status")) == 0 and (tmp_path / ".git" / "index.lock").exists()  # control
