@@ -42,8 +42,8 @@ def evaluate(run: Run, train: Images, test: Images | float, ks: Sequence[int], *
     one side without images.
     """
     check_protocol(ks, probes, features)
-    if not isinstance(test, Images) and not 1 <= round(test * len(train)) < len(train):
-        raise InputError(f"a share of {test} of {len(train)} images cannot be held out: both sides need one at least")
+    if not isinstance(test, Images):
+        held_out_places(len(train), test, seed)
     config = run.config
     protocol = {
         "protocol": PROTOCOL, "ks": sorted(set(ks)), "probes": sorted(probes), "features": sorted(features),
@@ -76,7 +76,10 @@ def _kept(path: Path) -> list[dict[str, Any]] | None:
 
 
 def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[str], *, bag: bool = False) -> None:
-    """Raises InputError, in one line, for a protocol that `evaluate` cannot follow; of a `bag`, without a K above 0."""
+    """Raises InputError, in one line, for a protocol that `evaluate` cannot follow.
+
+    bag: bags are compared by it, so that it needs a K above 0, and h.
+    """
     for name, words, known in (("probe", probes, PROBES), ("feature", features, FEATURES)):
         if not words:
             raise InputError(f"no {name} is asked for: choose among {', '.join(known)}")
@@ -86,6 +89,17 @@ def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[
         raise InputError(f"ks = {list(ks)!r} must be whole numbers of at least 0: 0 is the centre crop")
     if bag and not any(ks):
         raise InputError(f"ks = {list(ks)!r} needs a K above 0: 0 is the centre crop, and no bag")
+    if bag and "h" not in features:
+        raise InputError(f"features = {list(features)!r} needs h: bags are compared by it")
+
+
+def held_out_places(images: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The places of a share of so many images, drawn at random, and of the rest. InputError unless both have one."""
+    if not 1 <= round(share * images) < images:
+        raise InputError(f"held_out = {share:g} of {images} images cannot be held out: both sides need one at least")
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    held, rest = (part.sort().values for part in order.tensor_split([round(share * images)]))
+    return held, rest
 
 
 def _measure(run: Run, train: Images, test: Images | float, protocol: dict[str, Any], device: str,
@@ -101,8 +115,7 @@ def _measure(run: Run, train: Images, test: Images | float, protocol: dict[str, 
     if isinstance(test, Images):  # other patches for the test images than for the training images
         bags_test, labels_test = embed(test, protocol["seed"] + 1), test.labels
     else:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(protocol["seed"]))
-        held, rest = (part.sort().values for part in order.tensor_split([round(test * len(train))]))
+        held, rest = held_out_places(len(train), test, protocol["seed"])
         bags, bags_test = ({feature: {k: bag[part] for k, bag in each.items()} for feature, each in bags.items()}
                            for part in (rest, held))  # fmt: skip
         labels, labels_test = labels[rest], labels[held]

@@ -255,6 +255,23 @@ explore.growing_bags(encoders.build_encoder("resnet10", 8), train, test, [0, 1],
         assert shown.inner_text() == f"K = {k}"
 
 
+def test_the_lab_shows_names_as_they_are(page, lab):
+    """JupyterLab sets what stands between dollars, in Markdown and in HTML, as a formula."""
+    write_notebook(lab[0] / "names.ipynb", """import pandas as pd
+from IPython.display import Markdown, display
+from bagssl.study import figures, names
+name = r"costs $5 or $6 \\(x\\) \\begin{align}y\\end{align} *a*"
+display(figures.Table(pd.DataFrame({"choice": [name]})), Markdown(f"- {names.plain(name)}"))
+Markdown("it costs $5 or $6")""")
+    open_notebook(page, lab, "names.ipynb")
+    run_all(page, lab, "names.ipynb")
+    page.wait_for_selector("mjx-container")  # the last, which nothing escapes
+    shown = [text.strip() for text in page.locator(".jp-OutputArea-output").all_inner_texts()]
+    name = r"costs $5 or $6 \(x\) \begin{align}y\end{align} *a*"
+    assert name in shown[0] and shown[1] == name and shown[2] != "it costs $5 or $6"
+    assert page.locator("mjx-container").count() == 1
+
+
 def test_the_lab_shows_training_as_one_line_and_interrupts_it(page, lab):
     write_notebook(lab[0] / "training.ipynb", """import torch
 from bagssl.config import PretrainConfig

@@ -117,12 +117,18 @@ def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
     shown = types.ModuleType("IPython.display")
     vars(shown).update(dict.fromkeys(("display", "HTML", "Image", "Markdown", "SVG"), nothing))
     names: dict[str, Any] = {"__name__": "__main__", "display": nothing, "In": []}
-    with mock.patch.dict(sys.modules, {"IPython.display": shown}):
+    usual = sys.modules.get("IPython.display")
+    sys.modules["IPython.display"] = shown
+    try:
         for number, cell in enumerate((cell for cell in notebook_cells(notebook) if cell["cell_type"] == "code"), 1):
             names["In"].append("".join(cell["source"]))
             exec(compile("".join(cell["source"]), f"{notebook.name}, cell [{number}]", "exec"), names)  # noqa: S102
             if "parameters" in cell["metadata"].get("tags", []):
                 names.update(parameters)
+    finally:  # this entry alone: what the cells have imported stays, and cannot be imported twice
+        sys.modules.pop("IPython.display")
+        if usual is not None:
+            sys.modules["IPython.display"] = usual
     matplotlib.pyplot.close("all")
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,14 @@ def _tagged(notebook: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 
 class _Words(_Formulas, mistune.HTMLRenderer):
-    """Markdown to HTML that a template may trust: raw HTML is text; pictures, which would be loaded, and links that
-    lead from the notebook, not from this page, are their words."""
+    """Markdown to HTML that a template may trust: raw HTML is text, but for the bare spans of `names.cell`; pictures,
+    which would be loaded, and links that lead from the notebook, not from this page, are their words."""
+
+    def text(self, text: str) -> str:
+        return mistune.escape(unescape(text))  # of `&#36;` the dollar, as in every other reader
+
+    def inline_html(self, html: str) -> str:
+        return html if html in ("<span>", "</span>") else super().inline_html(html)
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
         return super().link(text, url) if url.startswith("https://") else text

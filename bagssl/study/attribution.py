@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bagssl.errors import InputError
 from bagssl.probes import Classifier
 
 
@@ -81,6 +82,16 @@ def part_shares(boxes: Tensor, parts: Tensor, cell: int, types: int) -> Tensor:
         overlaps.append((ends - torch.maximum(start[..., None], edges)).clamp_min(0).double() / length[..., None])
     share = torch.einsum("kni,knj->knij", *overlaps).flatten(2)
     return torch.einsum("knc,ncp->knp", share, F.one_hot(parts.flatten(1), types).double())
+
+
+def check_parts(parts: Tensor, types: int) -> None:
+    """Raises InputError unless each type of part is in two of the images at least, so that one may be left out.
+
+    parts: as for `part_shares`.
+    """
+    if (F.one_hot(parts.flatten(1), types).amax(1).sum(0) < 2).any():
+        raise InputError(f"images = {len(parts)}: not all {types} parts are in two of them, so that the evidence of "
+                         "some cannot be told: take more images")  # fmt: skip
 
 
 def part_evidence(terms: Tensor, shares: Tensor, weights: Tensor) -> Tensor:

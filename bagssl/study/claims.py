@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -21,11 +22,12 @@ import pandas as pd
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
 from bagssl.runs import machine, read_json
-from bagssl.study import figures
+from bagssl.study import figures, names
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
 NUMBERS = ["value", "low", "high"]
+WORDS = [name for name in COLUMNS if name not in NUMBERS]  # a dataset may be called 007
 DRAWN = 12  # intervals drawn for a verdict at most, the worst
 LEDGER = ["claim", "dataset", "statement", "measure", "value", "rule", "verdict", "hardware", "table", "notebook"]
 
@@ -205,7 +207,8 @@ class Ruling:
                          for each in self.entries)  # fmt: skip
 
     def _repr_markdown_(self) -> str:
-        verdicts = " ".join(f"{each['dataset'] or 'Evidence'}: **{each['verdict']}**." for each in self.entries)
+        verdicts = " ".join(f"{names.cell(each['dataset'] or 'Evidence')}: **{each['verdict']}**."
+                            for each in self.entries)  # fmt: skip
         about = CLAIMS[self.claim]
         caveat = f" ({about.caveat})" * bool(about.caveat)
         return f"**{self.claim}**: {about.statement} {verdicts}{caveat}\n\n{figures.markdown(self.rows)}"
@@ -261,7 +264,7 @@ def collect(results: Path, profile: str) -> pd.DataFrame:
         for path in sorted(folder.glob("tables/claim_c*.csv")):
             claim = path.stem.removeprefix("claim_").upper()
             try:
-                frame = pd.read_csv(path, keep_default_na=False)
+                frame = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(WORDS, str))
             except (OSError, ValueError) as error:
                 raise InputError(f"{path} is no table: {' '.join(str(error).split())}") from None
             found.append(checked(claim, frame, str(path)).assign(
@@ -301,10 +304,12 @@ def _entry(claim: str, dataset: str, evidence: pd.DataFrame) -> dict[str, str]:
 def write_ledger(results: Path, profile: str) -> pd.DataFrame:
     """Write results/<profile>/claims.csv and claims.md, and give the ledger back."""
     found = ledger(results, profile)
-    links = [f"[table]({row.table}), [notebook]({row.notebook})" if row.table else "" for row in found.itertuples()]
+    links = [f"[table]({quote(row.table)}), [notebook]({quote(row.notebook)})" if row.table else ""
+             for row in found.itertuples()]  # fmt: skip
     shown = found.drop(columns=["table", "notebook"]).assign(evidence=links).replace("", figures.DASH)
     with write_atomically(Path(results) / profile / "claims.csv") as path:
         found.to_csv(path, index=False, lineterminator="\n")
     with write_atomically(Path(results) / profile / "claims.md") as path:
-        path.write_text(f"# The claims, profile {profile}\n\n{figures.markdown(shown)}", encoding="utf-8")
+        path.write_text(f"# The claims, profile {profile}\n\n{figures.markdown(shown, ['evidence'])}",
+                        encoding="utf-8")  # fmt: skip
     return found

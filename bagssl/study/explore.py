@@ -20,7 +20,7 @@ from bagssl import patches, probes
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.errors import InputError
-from bagssl.study import figures
+from bagssl.study import figures, names
 
 TILE = 64  # pixels of an embedded image at most
 COLUMNS = 16  # images in a row of the embedded sheet
@@ -47,7 +47,9 @@ class GrowingBags:
         pixels = torch.cat([self.images.pixels, self.bank.pixels[used]])
         sheet, tile = _sheet(pixels)
         content = {
-            "ks": self.ks, "classes": self.images.classes, "accuracy": [round(value, 1) for value in self.accuracy],
+            "ks": self.ks, "classes": [names.line(each) for each in self.images.classes],
+            "short": [names.short(each, 10) for each in self.images.classes],
+            "accuracy": [round(value, 1) for value in self.accuracy],
             "side": list(pixels.shape[2:]), "tile": tile, "columns": COLUMNS, "rows": -(-len(pixels) // COLUMNS),
             "labels": self.images.labels.tolist(), "boxes": self.boxes.transpose(0, 1).tolist(),
             "votes": (1000 * self.votes).round().int().transpose(0, 1).tolist(),
@@ -93,7 +95,7 @@ def growth_figure(bags: GrowingBags, image: int = 0, ks: Sequence[int] | None = 
     Beside each K stands the accuracy over all test images, blue marks the image's own class. Raises ValueError for a
     K that `bags` does not hold.
     """
-    ks, classes = list(ks or bags.ks), bags.images.classes
+    ks, classes = list(ks or bags.ks), [names.short(each) for each in bags.images.classes]
     label, most = bags.images.labels[image].item(), 100 * bags.votes[:, image].max().item()
     near = bags.neighbours.shape[2]
     figure = plt.figure(figsize=(7, 1.25 * len(ks)))

@@ -3,10 +3,10 @@
 Frames are tidy: objective, training, k (0 = centre crop), probe, feature, accuracy_mean, accuracy_std, seeds.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
+from bagssl.study import names
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = {"tcr": "#0072B2", "simclr": "#D55E00", "vicreg": "#009E73", "byol": "#CC79A7", "barlow": "#E69F00",
@@ -34,7 +36,6 @@ TITLES = {"tcr": "TCR", "simclr": "SimCLR", "vicreg": "VICReg", "byol": "BYOL", 
           "moco": "MoCo v3", "none": "untrained", "knn": "kNN", "linear": "Linear probe"}  # fmt: skip
 LINES = {"patch-based": ("-", "o"), "multi-scale": ((0, (4, 1.5)), "s"), "untrained": ("-", "D")}
 DASH = "–"
-_BOLD = re.compile(r"\*\*(.*?)\*\*")  # the best cell of a table
 
 
 def style() -> None:
@@ -47,7 +48,19 @@ def style() -> None:
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
         "grid.linewidth": 0.6, "axes.edgecolor": "#4D4D4D", "lines.linewidth": 1.6, "lines.markersize": 4.5,
         "legend.frameon": False, "pdf.fonttype": 42, "image.interpolation": "nearest",
+        "text.parse_math": False,  # a name is no formula; our own ones: `formulas`
     })  # fmt: skip
+    matplotlib.rcParams["font.family"] = ["sans-serif", *names.fallback_fonts()]
+    warnings.filterwarnings("ignore", names.MISSING)  # `save_figure` tells it, once
+    for library in ("matplotlib.font_manager", "fontTools"):  # of a fallback's missing weights and odd dates
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def formulas(axis: Axis) -> None:
+    """Set the label of an x- or y-axis, and its powers of ten, as the formulas that they are."""
+    axis.label.set_parse_math(True)
+    for tick in (*axis.get_major_ticks(100), *axis.get_minor_ticks(100)):  # more than will be there
+        tick.label1.set_parse_math(True)
 
 
 def colour(objective: str, training: str = "patch-based") -> str:
@@ -74,6 +87,10 @@ def render(template: str, folder: Path | None = None, **content: Any) -> str:
 # ---- tables
 
 
+class Bold(str):
+    """A cell of a table that stands out; in a frame of dtype object."""
+
+
 def _chosen(frame: pd.DataFrame, feature: str) -> pd.DataFrame:
     """The rows of one feature; of the untrained encoder, which has no objective, one copy."""
     rows = frame[frame["feature"] == feature]
@@ -94,7 +111,7 @@ def cell(mean: float, std: float = float("nan")) -> str:
 def comparison_table(frame: pd.DataFrame, feature: str = "h") -> pd.DataFrame:
     """Rows (probe, objective, training), columns centre crop and K; cells `mean ± std` in per cent, as text.
 
-    `**` marks the best cell of each probe and objective: patch-based or multi-scale, and at which K.
+    The best cell of each probe and objective is `Bold`: patch-based or multi-scale, and at which K.
     """
     chosen = _chosen(frame, feature)
     best = chosen[chosen["training"] != "untrained"].groupby(["probe", "objective"])["accuracy_mean"].max()
@@ -102,10 +119,10 @@ def comparison_table(frame: pd.DataFrame, feature: str = "h") -> pd.DataFrame:
     for row in chosen.to_dict("records"):
         text, untrained = cell(row["accuracy_mean"], row["accuracy_std"]), row["training"] == "untrained"
         if not untrained and row["accuracy_mean"] == best[row["probe"], row["objective"]]:
-            text = f"**{text}**"
+            text = Bold(text)
         arm = (title(row["probe"]), DASH if untrained else title(row["objective"]), row["training"])
         rows.setdefault(arm, {})[row["k"]] = text
-    table = pd.DataFrame.from_dict(rows, orient="index").sort_index(axis=1).fillna(DASH)
+    table = pd.DataFrame.from_dict(rows, orient="index", dtype=object).sort_index(axis=1).fillna(DASH)
     table.columns = ["centre crop" if k == 0 else f"K = {k}" for k in table]
     table.index = pd.MultiIndex.from_tuples(rows, names=["probe", "objective", "training"])
     return table
@@ -119,16 +136,20 @@ def _texts(table: pd.DataFrame) -> list[list[str]]:
         floats = {index: round(value, 2) + 0.0 for index, value in enumerate(values)  # + 0.0: no minus zero
                   if isinstance(value, float) and not np.isnan(value)}
         places = max((len(f"{value:.2f}".rstrip("0").partition(".")[2]) for value in floats.values()), default=0)
-        return [f"{floats[index]:.{places}f}" if index in floats else DASH if isinstance(value, float) else str(value)
-                for index, value in enumerate(values)]
+        return [f"{floats[index]:.{places}f}" if index in floats else DASH if isinstance(value, float) else
+                value if isinstance(value, Bold) else str(value) for index, value in enumerate(values)]
 
     columns = map(texts, zip(*named.astype(object).to_numpy().tolist(), strict=True))
     return [[str(name) for name in named.columns], *map(list, zip(*columns, strict=True))]
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table, columns aligned; a notebook shows it by `Table`."""
-    rows = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in _texts(table)]
+def markdown(table: pd.DataFrame, marked: Collection[str] = ()) -> str:
+    """A Markdown table, columns aligned; a notebook shows it by `Table`. The cells of columns `marked` are Markdown."""
+    head, *body = _texts(table)
+    rows = [[names.cell(name) for name in head]]
+    for row in body:
+        cells = [text if name in marked else names.cell(text) for name, text in zip(head, row, strict=True)]
+        rows.append([f"**{text}**" if isinstance(mark, Bold) else text for text, mark in zip(cells, row, strict=True)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     cells = ([text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows)
@@ -147,18 +168,16 @@ class Table:
     _repr_markdown_ = __repr__
 
     def _repr_html_(self) -> str:
-        texts = [[escape(text) for text in row] for row in _texts(self.frame)]
-        head, *rows = [[_BOLD.sub(r"<strong>\1</strong>", text) for text in row] for row in texts]
+        head, *rows = [[f"<strong>{names.html(text)}</strong>" if isinstance(text, Bold) else names.html(text)
+                        for text in row] for row in _texts(self.frame)]
         return render("table.html.j2", head=head, rows=rows)
 
 
 def latex(table: pd.DataFrame) -> str:
     """A LaTeX tabular for booktabs."""
-    def tex(text: str) -> str:
-        text = _BOLD.sub(r"\\textbf{\1}", re.sub(r"([&%$#_{}])", r"\\\1", text))
-        return text.replace("±", r"$\pm$").replace(DASH, "--").replace("×", r"$\times$")
-
-    rows = [" & ".join(map(tex, row)) + r" \\" for row in _texts(table)]
+    texts = [[rf"\textbf{{{names.tex(text)}}}" if isinstance(text, Bold) else names.tex(text) for text in row]
+             for row in _texts(table)]
+    rows = [" & ".join(row) + r" \\" for row in texts]
     columns = "l" * sum(name is not None for name in table.index.names) + "r" * len(table.columns)
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
     return "\n".join([*body, r"\end{tabular}"]) + "\n"
@@ -201,10 +220,14 @@ def with_paper(frame: pd.DataFrame, artefact: str, dataset: str) -> pd.DataFrame
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write folder/figures/name.png (200 dpi) and .pdf, without a date: same figure, same bytes."""
-    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        with write_atomically(Path(folder) / "figures" / f"{name}.{suffix}") as path:
-            figure.savefig(path, format=suffix, dpi=200, metadata=metadata)
+    """Write folder/figures/name.png (200 dpi) and .pdf, without a date: same figure, same bytes.
+
+    Letters that no font of `style` has become boxes, of which one line tells.
+    """
+    with names.missing_letters_told():
+        for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+            with write_atomically(Path(folder) / "figures" / f"{name}.{suffix}") as path:
+                figure.savefig(path, format=suffix, dpi=200, metadata=metadata)
 
 
 def accuracy_against_k(frame: pd.DataFrame, feature: str = "h", heading: str | None = None) -> Figure:
@@ -373,11 +396,11 @@ def picture(axis: Axes, pixels: Tensor, box: Sequence[int] | None = None, tint: 
     return axis
 
 
-def gallery(pixels: Tensor, boxes: Tensor | None, names: Sequence[Sequence[str]], heading: str) -> Figure:
+def gallery(pixels: Tensor, boxes: Tensor | None, kinds: Sequence[Sequence[str]], heading: str) -> Figure:
     """One row per query: the query's image, then its neighbours, nearest first, the patches outlined.
 
     pixels: uint8 [rows, columns, 3, H, W]; boxes: whole numbers [rows, columns, 4], None where whole images
-    are compared; names [rows][columns] stand above the images, in bold where a neighbour's is the query's.
+    are compared; kinds [rows][columns] stand above the images, in bold where a neighbour's is the query's.
     """
     rows, columns = pixels.shape[:2]
     figure, axes = plt.subplots(rows, columns + 1, figsize=(7, 0.32 + rows * 8 / (columns + 0.5)), squeeze=False,
@@ -387,8 +410,8 @@ def gallery(pixels: Tensor, boxes: Tensor | None, names: Sequence[Sequence[str]]
         for column, axis in enumerate(axes[row, [0, *range(2, columns + 1)]]):
             box = None if boxes is None else boxes[row, column]
             picture(axis, pixels[row, column], box, "#FFD400" if column else "#56B4E9")
-            weight = "bold" if column and names[row][column] == names[row][0] else "normal"
-            axis.set_title(names[row][column], fontsize=7, loc="center", pad=2, fontweight=weight)
+            weight = "bold" if column and kinds[row][column] == kinds[row][0] else "normal"
+            axis.set_title(names.short(kinds[row][column]), fontsize=7, loc="center", pad=2, fontweight=weight)
     figure.suptitle(heading, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
     return figure
 

@@ -9,7 +9,7 @@ and one denominator per image; its value is the ratio of their means, and `estim
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from bagssl.augmentation import Augmentation
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError
 from bagssl.intervals import Estimate
+from bagssl.study.sizes import check_once
 
 BLOCK = 2**23  # similarities looked at at a time
 JITTER = {name: getattr(PretrainConfig, name) for name in ("brightness", "contrast", "saturation", "hue")}  # defaults
@@ -109,11 +110,24 @@ def sampling_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarra
     Bags are nested: the mean of 2K lies halfway between those of the first K and of the next, disjoint K. Half of their
     squared distance is, in expectation, that of either to the limit: for independent patches, variance / K.
     """
-    ks = [k for k in sorted(set(embedded) - {0}) if 2 * k in embedded]
-    if len(ks) < 2:
-        raise InputError("the fall of an error is read off bags of K, 2K and 4K patches at least")
+    ks = _halves(embedded)
     distances = [2 * (embedded[k] - embedded[2 * k]).double().square().sum(dim=1) for k in ks]
     return ks, torch.stack(distances, dim=1).numpy()
+
+
+def _halves(ks: Collection[int]) -> list[int]:
+    """Each K whose double is there too, two at least."""
+    halves = [k for k in sorted(set(ks) - {0}) if 2 * k in ks]
+    if len(halves) < 2:
+        raise InputError("the fall of an error is read off bags of K, 2K and 4K patches at least: ks lacks them")
+    return halves
+
+
+def check_ks(ks: Sequence[int]) -> None:
+    """Raises InputError unless `ks` rises from 1 or more and has what `sampling_error` asks for."""
+    if any(k < 1 for k in ks) or list(ks) != sorted(set(ks)):
+        raise InputError(f"ks = {list(ks)} must be whole numbers above 0, each larger than the one before")
+    _halves(ks)
 
 
 def whole_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
@@ -218,12 +232,14 @@ def nearest(features: Tensor, patch: int, image: int, k: int) -> tuple[Tensor, T
 
 def inner_boxes(count: int, pixels: Tensor, scale: float, shifts: Sequence[int], seed: int = 0) -> Tensor:
     """Boxes [count, N, 4] of one scale that stay inside the image under all of `changes`."""
+    check_once("shifts", shifts, 1)
     n, _, height, width = pixels.shape
     side = patches.native_size(scale, height, width)
     margin = max(*shifts, math.ceil((math.sqrt(2) - 1) / 2 * side))
     height, width = height - 2 * margin, width - 2 * margin
     if min(height, width) < side:
-        raise InputError(f"a patch of {side} px has no room to move by {margin} px in these images")
+        raise InputError(f"a patch of {side} px has no room to move by {margin} px in images of {pixels.shape[2]}×"
+                         f"{pixels.shape[3]} px: lower shifts or patch_scale")  # fmt: skip
     boxes = patches.evaluation_boxes(count, n, height, width, side**2 / (height * width), Generator().manual_seed(seed))
     return boxes + torch.tensor([margin, margin, 0, 0])
 
@@ -275,6 +291,18 @@ def whitened(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     variance, axes = torch.linalg.eigh(torch.cov(flat.T))
     scaled = axes / variance.clamp(min=1e-6 * variance[-1]).sqrt()
     return tuple((each.double() - flat.mean(dim=0)) @ scaled for each in (before, after))
+
+
+def check_measures(pixels: Tensor, *, scale: float, count: int, shifts: Sequence[int], k: int) -> None:
+    """Raises InputError for what `measures` cannot do with images [N, 3, H, W]: too few of them, or too small."""
+    n = len(pixels)
+    if n < 3:
+        raise InputError(f"images = {n}: the position of patches is learned from two images and asked of a third")
+    if count < 2:
+        raise InputError(f"count = {count}: an image has two patches at least, so that they can be compared")
+    if not 1 <= k <= 2 * (n - 1):  # of the halves of the other images' bags
+        raise InputError(f"k = {k}: choose from 1 to {2 * (n - 1)} neighbours among the half bags of {n} images")
+    inner_boxes(1, pixels[:1], scale, shifts)
 
 
 def measures(encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,

@@ -6,9 +6,10 @@ import json
 import sys
 
 import nbformat
+import pytest
 from test_experiments import write_notebook
 
-from bagssl.batch.notebook import normalise_notebook
+from bagssl.batch.notebook import normalise_notebook, run_cells
 from bagssl.batch.reproduce import refresh_notebooks, reproduce
 from bagssl.paths import cores
 
@@ -82,3 +83,19 @@ def test_refresh_rewrites_in_place_and_twice_the_same(tmp_path):
     nbformat.write(found, tmp_path / "a.ipynb")
     normalise_notebook(tmp_path / "a.ipynb")
     assert (tmp_path / "a.ipynb").read_bytes() == once
+
+
+def test_run_bare_its_imports_stay_and_ipython_is_as_before(tmp_path, monkeypatch):
+    """A second notebook of the same process finds what the first has imported: some libraries load only once."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "loaded_once.py").write_text("import sys\nassert 'loads' not in vars(sys)\nsys.loads = 1\n")
+    monkeypatch.setattr(sys, "loads", None, raising=False)
+    monkeypatch.delattr(sys, "loads")
+    write_notebook(tmp_path / "a.ipynb", ["import loaded_once\nfrom IPython.display import Markdown\nMarkdown('x')"])
+    usual = sys.modules.get("IPython.display")
+    for _ in range(2):
+        run_cells(tmp_path / "a.ipynb", {})
+        assert sys.modules.get("IPython.display") is usual
+    monkeypatch.delitem(sys.modules, "loaded_once")
+    with pytest.raises(AssertionError):  # negative control: it cannot be imported twice
+        run_cells(tmp_path / "a.ipynb", {})
