@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from bagssl.errors import InputError
+from bagssl.errors import InputError, shortage
 from bagssl.paths import data_root
 
 SPLITS = ("train", "test")
@@ -114,7 +114,7 @@ def opened(path: Path, name: str, framework: str = "pt") -> Iterator[tuple]:
                 raise damaged(path, name, f"its format is {about['format']}, not {FORMAT}")
             yield file, about
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) or shortage(type(error).__name__, str(error)):  # no fault of the file's
             raise
         raise damaged(path, name, error) from error
 

@@ -98,6 +98,8 @@ class Run:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
             last = rows[-1]["step"] if rows else 0
         except OSError as error:
+            if shortage(type(error).__name__, str(error)):
+                raise
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from error
@@ -143,8 +145,12 @@ class Run:
         try:
             return _from_half(path, self.metrics) if self.halved else load(self._sound_weights())
         except SafetensorError as error:
+            if shortage("", str(error)):  # no fault of the file's
+                raise
             raise InputError(f"{path} is no safetensors file ({error}); {_AGAIN}") from error
         except OSError as error:
+            if shortage(type(error).__name__, str(error)):
+                raise
             raise InputError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
 
     def _sound_weights(self) -> bytes:

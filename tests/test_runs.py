@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_paths import IMAGES, TINY, fork
+from test_trees import plant
 
 import bagssl
-from bagssl import cli, runs
+from bagssl import catalogue, cli, data, runs, trees
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, Stopped
 from bagssl.evaluation import evaluate
@@ -119,6 +120,31 @@ def test_weights_as_fp16_that_are_damaged_or_of_another_run_are_refused(tmp_path
     refused(run.weights, "is no safetensors file")
     runs.write_half(other, half)
     refused(run.weights, f"is of another run: copy the one that belongs to {run.path.name}")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(),
+                                   OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_what_the_box_lacks_is_no_fault_of_a_file(tmp_path, monkeypatch, error):
+    run, whole = train(tmp_path), Path.read_bytes
+    trees.add("pets", plant(tmp_path / "tree"), root=tmp_path)
+
+    def short(path):
+        if path.parent == run.path:
+            raise error
+        return whole(path)
+
+    def opened(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Path, "read_bytes", short)
+    monkeypatch.setattr(catalogue, "safe_open", opened)
+    for use in (run.weights, lambda: run.history, lambda: data.load("pets", "train", tmp_path)):
+        with pytest.raises(type(error)):
+            use()
+    if isinstance(error, OSError):  # negative control: what a disk answers is the file's
+        error = OSError(errno.EIO, "Input/output error")
+        for use in (run.weights, lambda: run.history, lambda: data.load("pets", "train", tmp_path)):
+            refused(use)
 
 
 def test_while_a_lost_file_is_trained_again_the_old_mark_is_gone(tmp_path):
