@@ -144,7 +144,7 @@ def test_what_the_box_lacks_is_no_fault_of_a_file(tmp_path, monkeypatch, error):
     if isinstance(error, OSError):  # negative control: what a disk answers is the file's
         error = OSError(errno.EIO, "Input/output error")
         for use in (run.weights, lambda: run.history, lambda: data.load("pets", "train", tmp_path)):
-            refused(use)
+            refused(use, "Input.output error")
 
 
 def test_while_a_lost_file_is_trained_again_the_old_mark_is_gone(tmp_path):
