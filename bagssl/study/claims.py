@@ -10,6 +10,7 @@ right side of the threshold, and does not hold if one lies wholly on the wrong s
 the worst decides (`judged`). Rows whose measure no rule names are kept, and decide nothing.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,8 +254,13 @@ def experiment_folders(results: Path, profile: str) -> list[Path]:
 
 
 def hardware(folder: Path) -> str:
-    """What an experiment ran on, as `runs.machine` names it."""
-    return machine(read_json(folder / "provenance.json").get("hardware") or {})
+    """What an experiment ran on, as `runs.machine` names it, and where else its models were trained."""
+    here, elsewhere = machine(read_json(folder / "provenance.json").get("hardware") or {}), set()
+    for path in folder.glob("runs/*/provenance.json"):
+        with contextlib.suppress(InputError):
+            elsewhere.add(machine(read_json(path).get("hardware") or {}))
+    names = ", ".join(sorted(elsewhere - {here, machine({})}))
+    return f"{here}; models from {names}" if names else here
 
 
 def collect(results: Path, profile: str) -> pd.DataFrame:

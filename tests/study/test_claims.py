@@ -212,6 +212,16 @@ def entry(ledger: pd.DataFrame, claim: str, dataset: str = "") -> dict:
     return found
 
 
+def test_the_ledger_says_where_the_models_were_trained(tmp_path):
+    folder = experiment(tmp_path, "one", {"C4": evidence("C4", "cifar10")})
+    for name, made in {"a": {"processor": "Abacus", "cores": 2}, "b": {"gpu": "Engine"}, "c": {"gpu": "Engine"}}.items():
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "provenance.json").write_text(json.dumps({"hardware": made}))
+        assert claims.hardware(folder) == "Abacus, 2 cores" + "; models from Engine" * (name != "a")
+    (folder / "runs/c/provenance.json").write_text("damaged")
+    assert claims.hardware(folder) == "Abacus, 2 cores; models from Engine"
+
+
 def test_the_ledger_has_a_row_per_claim_and_dataset_with_the_worst_value(tmp_path):
     several = pd.DataFrame(SEVERAL)
     experiment(tmp_path, "one", {"C2": several, "C4": evidence("C4", "cifar10").drop(index=1)})
