@@ -214,7 +214,8 @@ def entry(ledger: pd.DataFrame, claim: str, dataset: str = "") -> dict:
 
 def test_the_ledger_says_where_the_models_were_trained(tmp_path):
     folder = experiment(tmp_path, "one", {"C4": evidence("C4", "cifar10")})
-    for name, made in {"a": {"processor": "Abacus", "cores": 2}, "b": {"gpu": "Engine"}, "c": {"gpu": "Engine"}}.items():
+    machines = {"a": {"processor": "Abacus", "cores": 2}, "b": {"gpu": "Engine"}, "c": {"gpu": "Engine"}}
+    for name, made in machines.items():
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "provenance.json").write_text(json.dumps({"hardware": made}))
         assert claims.hardware(folder) == "Abacus, 2 cores" + "; models from Engine" * (name != "a")
