@@ -1,12 +1,12 @@
 """What the store holds, run by run: for `bagssl runs list`, and to choose from."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bagssl.errors import InputError
-from bagssl.runs import WEIGHTS, Run, list_runs, machine, read_json
+from bagssl.runs import WEIGHTS, Run, known, list_runs, machine, read_json
 
 
 def choose(names: Sequence[str], root: Path | None = None) -> list[Run]:
@@ -14,28 +14,22 @@ def choose(names: Sequence[str], root: Path | None = None) -> list[Run]:
 
     Raises InputError for a name that no run has.
     """
-    known = list_runs(root)
-    if unknown := [name for name in names
-                   if not any(run.path.name.startswith(name) or run.key.startswith(name) for run in known)]:
+    def called(run: Run, name: str) -> bool:
+        return run.path.name.startswith(name) or run.key.startswith(name)
+
+    everything = list_runs(root)
+    if unknown := [name for name in names if not any(called(run, name) for run in everything)]:
         raise InputError(f"no run is called {unknown[0]}, nor has such a key: `bagssl runs list` shows them")
-    return [run for run in known if any(run.path.name.startswith(name) or run.key.startswith(name) for name in names)
-            or not names and run.finished]
+    return [run for run in everything if any(called(run, name) for name in names) or not names and run.finished]
 
 
 def row(run: Run) -> tuple[str, ...]:
     """Name, state, crops, seconds, machine, weights and accuracy of a run, as text; what is damaged stays empty."""
     state = "finished" if run.finished else f"has lost {run.lost[0]}" if run.lost else "not finished"
     weights = "fp32" if (run.path / WEIGHTS).exists() else "fp16" if run.halved else ""
-    return (run.path.name, state, _known(lambda: f"{run.metrics['crops']:,}"),
-            _known(lambda: f"{run.metrics['seconds']:,.0f}"), _known(lambda: machine(run.provenance["hardware"])),
-            weights, _known(lambda: "{accuracy:.1f} %, {probe}, {feature}, K = {k}".format(**headline(run))))
-
-
-def _known(read: Callable[[], str]) -> str:
-    try:
-        return read()
-    except Exception:  # noqa: BLE001 - a damaged record may hold anything
-        return ""
+    return (run.path.name, state, known(lambda: f"{run.metrics['crops']:,}"),
+            known(lambda: f"{run.metrics['seconds']:,.0f}"), known(lambda: machine(run.provenance["hardware"])),
+            weights, known(lambda: "{accuracy:.1f} %, {probe}, {feature}, K = {k}".format(**headline(run))))
 
 
 def headline(run: Run) -> dict[str, Any] | None:

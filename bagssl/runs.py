@@ -168,7 +168,8 @@ class Run:
 # ---- how a run shows itself: a folder may be half-written, damaged or gone, so whatever cannot be read is left out
 
 
-def _known(read: Callable[[], Any], otherwise: Any = "") -> Any:
+def known(read: Callable[[], Any], otherwise: Any = "") -> Any:
+    """What `read` gives, or `otherwise` where a record is absent or damaged: for those who only show it."""
     try:
         return read()
     except Exception:  # noqa: BLE001 - a damaged record may hold anything
@@ -177,24 +178,24 @@ def _known(read: Callable[[], Any], otherwise: Any = "") -> Any:
 
 def _lines(run: Run) -> list[str]:
     """What was trained; how far, for how long and on what; the last terms of the loss."""
-    config, metrics = _known(lambda: run.config), _known(lambda: run.metrics)
+    config, metrics = known(lambda: run.config), known(lambda: run.metrics)
     names = ["dataset", "objective", "training"]
-    if _known(lambda: config["training"]) == "untrained":
+    if known(lambda: config["training"]) == "untrained":
         names.remove("objective")
-    words = [*(_known(lambda name=name: str(config[name])) for name in names), _known(lambda: f"seed {config['seed']}")]
-    state = _known(lambda: _state(run, config, metrics), "its folder cannot be read")
-    last = _known(lambda: metrics["final"]) or _known(lambda: {"loss": _history(run)[-1]["loss"]})
-    terms = _known(lambda: [f"{name} {last[name]:.4g}" for name in sorted(sorted(last), key="loss".__ne__)], [])
+    words = [*(known(lambda name=name: str(config[name])) for name in names), known(lambda: f"seed {config['seed']}")]
+    state = known(lambda: _state(run, config, metrics), "its folder cannot be read")
+    last = known(lambda: metrics["final"]) or known(lambda: {"loss": _history(run)[-1]["loss"]})
+    terms = known(lambda: [f"{name} {last[name]:.4g}" for name in sorted(sorted(last), key="loss".__ne__)], [])
     lines = [", ".join(filter(None, words)) or "a run whose configuration cannot be read", state, ", ".join(terms)]
     return [" ".join(line.split()) for line in lines if line]
 
 
 def _state(run: Run, config: Any, metrics: Any) -> str:
     """`finished: 64,000 crops in 256 s, AMD EPYC, 2 cores` or `stopped or in training, saved at step 120 of 500`."""
-    crops = _known(lambda: f": {metrics['crops']:,} crops")
+    crops = known(lambda: f": {metrics['crops']:,} crops")
     if run.finished:
-        took = "" if committed() else _known(lambda: f" in {metrics['seconds']:,.0f} s")
-        made = f"finished{crops}{took}{_known(lambda: ', ' + machine(run.provenance['hardware']))}"
+        took = "" if committed() else known(lambda: f" in {metrics['seconds']:,.0f} s")
+        made = f"finished{crops}{took}{known(lambda: ', ' + machine(run.provenance['hardware']))}"
         return made + ", weights as fp16" * run.halved
     if not run.path.exists():
         return "its folder is gone"
@@ -202,11 +203,11 @@ def _state(run: Run, config: Any, metrics: Any) -> str:
         return f"has lost {' and '.join(run.lost)}{crops}"
     if not (run.path / "checkpoint.pt").exists():
         return "not started, or not yet at its first checkpoint"
-    step = _known(lambda: int(_checkpoint(run)["step"]), None)
+    step = known(lambda: int(_checkpoint(run)["step"]), None)
     if step is None:
         return "its checkpoint cannot be read"
-    row = _known(lambda: _history(run)[-1])
-    steps = _known(lambda: f" of {round(config['epochs'] * row['step'] / row['epoch'])}")
+    row = known(lambda: _history(run)[-1])
+    steps = known(lambda: f" of {round(config['epochs'] * row['step'] / row['epoch'])}")
     return f"stopped or in training, saved at step {step}{steps}"
 
 
@@ -215,12 +216,12 @@ def _checkpoint(run: Run) -> dict[str, Any]:
 
 
 def _history(run: Run) -> list[dict[str, float]]:
-    return _known(lambda: run.history if run.finished else _checkpoint(run)["history"], [])
+    return known(lambda: run.history if run.finished else _checkpoint(run)["history"], [])
 
 
 def _loss_curve(history: list[dict[str, float]], width: int = 160, height: int = 48) -> str:
     """The loss over the steps as an SVG in the colour of the text around it: no axes, from lowest to highest."""
-    rows = _known(lambda: [(float(row["step"]), float(row["loss"])) for row in history], [])
+    rows = known(lambda: [(float(row["step"]), float(row["loss"])) for row in history], [])
     points = [(step, loss) for step, loss in rows if math.isfinite(loss)]
     if len(points) < 2:
         return ""
