@@ -20,7 +20,6 @@ from bagssl.locks import hold
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _STALE = 86_400.0  # seconds: nobody downloads for a day, and few clocks are wrong by one
-_BEGUN = 2.0  # seconds after which whoever writes a file holds its lock
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -96,12 +95,12 @@ def sweep(path: Path) -> None:
     """
     for left in path.parent.glob(".*.tmp"):
         with contextlib.suppress(OSError):  # another's, or gone
-            age = time.time() - left.stat().st_mtime
-            if left.is_dir() and age > _STALE:
+            stale = time.time() - left.stat().st_mtime > _STALE
+            if left.is_dir() and stale:
                 shutil.rmtree(left)
-            elif not left.is_dir() and age > _BEGUN:
+            elif not left.is_dir():
                 with open(left, "r+b") as stream:
-                    if (free := hold(stream)) or (free is None and age > _STALE):
+                    if (free := hold(stream)) or (free is None and stale):
                         left.unlink()
 
 
@@ -116,11 +115,8 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
         raise InputError(f"{path} is a folder, and a file belongs there: remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    # its mode is what the reader's umask makes of it, from the beginning: some disks refuse to change one
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    temporary, handle = _new_file(path)
     try:
-        hold(handle)  # until we end, however that is: `sweep` leaves it alone
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
@@ -130,6 +126,17 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _new_file(path: Path) -> tuple[Path, int]:
+    """A hidden file beside `path` and its handle; held until we end, however that is: `sweep` leaves it alone."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        # its mode is what the reader's umask makes of it, from the beginning: some disks refuse to change one
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if hold(handle) is not False and temporary.exists():
+            return temporary, handle
+        os.close(handle)  # before we held it, a sweep took it for one that a dead writer had left
 
 
 def _flush(path: Path) -> None:

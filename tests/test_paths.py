@@ -255,6 +255,36 @@ def test_what_a_living_writer_has_begun_is_left_alone(tmp_path):
     assert (tmp_path / "a.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_killed_writer_left_goes_at_once(tmp_path):
+    (tmp_path / ".a.json.dead.tmp").touch()
+    with write_atomically(tmp_path / "b.json") as path:
+        assert set(tmp_path.iterdir()) == {path}
+
+
+@pytest.mark.parametrize("moment", ["before it is held", "while it is looked at"])
+def test_a_writer_whose_file_a_sweep_takes_at_its_birth_begins_another(moment, tmp_path, monkeypatch):
+    hold, looked = paths.hold, []
+
+    def late(handle: int) -> bool | None:
+        if not looked:
+            (born,) = tmp_path.iterdir()
+            looked.append(born)
+            if moment == "before it is held":
+                paths.sweep(tmp_path / "a.json")  # which asks once more, and gets it
+            else:
+                with open(born) as stream:
+                    assert hold(stream) and hold(handle) is False
+                    born.unlink()
+                    return False
+        return hold(handle)
+
+    monkeypatch.setattr(paths, "hold", late)
+    with write_atomically(tmp_path / "a.json") as path:
+        path.write_text("a")
+        assert not looked[0].exists() and path != looked[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
 def test_the_record_tells_the_cores_at_hand_from_the_threads_in_use():
     code = """
