@@ -22,7 +22,6 @@ from bagssl.paths import write_atomically
 
 def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> dict[str, Any]:
     """Execute by papermill and write the normalised notebook; the error {ename, evalue, cell}, or {}."""
-    sys.modules["rfc3987_syntax"] = None  # jsonschema would make a grammar of it, for seconds; we check no address
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -141,7 +140,6 @@ def _main() -> int:
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    sys.modules["rfc3987_syntax"] = None  # jsonschema's optional grammar: two seconds to load, for nothing
     if error := _execute(notebook, target, parameters):
         write_record(target.with_name("error.json"), error)
     return 1 if error else 0

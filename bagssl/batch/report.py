@@ -6,10 +6,12 @@ reading, which these name by the tags of their cells.
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
 from html import unescape
 from pathlib import Path
@@ -26,7 +28,7 @@ from PIL import Image
 from bagssl.batch.experiments import PROFILES
 from bagssl.errors import InputError
 from bagssl.parameters import notebook_cells
-from bagssl.paths import results_root, write_atomically
+from bagssl.paths import cores, results_root, write_atomically
 from bagssl.runs import read_json
 from bagssl.study import claims, figures
 
@@ -40,7 +42,11 @@ def write_report(results: Path | None = None) -> Path:
     Raises InputError when there are no results, and for evidence or figures that cannot be read.
     """
     root = Path(results or results_root())
-    profiles = [_profile(root, name) for name in PROFILES if claims.experiment_folders(root, name)]
+    folders = {name: found for name in PROFILES if (found := claims.experiment_folders(root, name))}
+    everything = [folder for found in folders.values() for folder in found]
+    with ProcessPoolExecutor(cores()) as pool:  # each takes a second or two
+        experiments = dict(zip(everything, pool.map(_experiment, everything), strict=True))
+    profiles = [_profile(root, name, [experiments[folder] for folder in found]) for name, found in folders.items()]
     if not profiles:
         raise InputError(f"there are no results in {root}; `bagssl reproduce` makes them")
     verdicts = (claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING)
@@ -51,7 +57,7 @@ def write_report(results: Path | None = None) -> Path:
     return root / "index.html"
 
 
-def _profile(root: Path, name: str) -> dict[str, Any]:
+def _profile(root: Path, name: str, experiments: list[dict[str, Any]]) -> dict[str, Any]:
     ledger, evidence = claims.write_ledger(root, name), claims.collect(root, name)
     cards = []
     for claim, entries in ledger.groupby("claim", sort=False):
@@ -67,7 +73,6 @@ def _profile(root: Path, name: str) -> dict[str, Any]:
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)
         cards.append({"claim": claim, "statement": entries["statement"].iloc[0], "datasets": datasets,
                       "verdict": min(entries["verdict"], key=order.index)})  # fmt: skip
-    experiments = [_experiment(folder) for folder in claims.experiment_folders(root, name)]
     decided = {(row.claim, row.dataset): row.verdict for row in ledger.itertuples()}
     for each in experiments:
         own = evidence[evidence["experiment"] == each["name"]]
@@ -180,11 +185,15 @@ class _Page(HTMLExporter):
         return MarkdownWithMath(renderer=renderer).render(source)
 
 
+@functools.cache
+def _exporter() -> _Page:
+    folder = Path(__file__).parent
+    return _Page(extra_template_basedirs=[str(folder)], template_file=str(folder / "notebook.html.j2"))
+
+
 def notebook_page(path: Path) -> str:
     """The HTML of an executed notebook."""
-    folder = Path(__file__).parent
-    page = _Page(extra_template_basedirs=[str(folder)], template_file=str(folder / "notebook.html.j2"))
-    return page.from_filename(str(path))[0]
+    return _exporter().from_filename(str(path))[0]
 
 
 def _story(notebook: Path) -> dict[str, Any]:
