@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from bagssl import patches
+from bagssl import budget, patches
 from bagssl.devices import COMPILE_FROM
 from bagssl.errors import InputError
 from bagssl.progress import progress_bar
@@ -32,7 +32,7 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
     first of those of K = 16) and independent of `batch`, which counts the crops embedded at a time.
     device: where to embed, by default where the encoder lies. Returns {K: float32 [N, dim]} on the CPU.
 
-    Raises InputError for no K or one below 0, a scale outside (0, 1], or no images.
+    Raises InputError for no K or one below 0, a scale outside (0, 1], or no images, DoesNotFit as `budget.piece` does.
     """
     ks = list(dict.fromkeys(ks))
     if not ks or any(k < 0 or k != int(k) for k in ks):
@@ -41,11 +41,11 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
         raise InputError(f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area")
     embed, device, batch = _prepare(encoder, pixels, device, batch, len(pixels) * max(ks))
     count, most, done, bags = len(pixels), max(ks), 0, {}
-    with progress_bar(count * (most + (0 in ks)), 0, "embed", progress) as update:
+    with _telling(count * (most + (0 in ks)), encoder, size, device, progress) as update:
         if 0 in ks:
             bags[0] = torch.cat([embed(patches.centre_crop(part.to(device, non_blocking=True), size))
                                  for part in pixels.split(batch)])
-            update(done := count, "")
+            update(done := count)
         before = 0
         for images, start, h in _chunks(embed, pixels, _boxes(pixels, most, scale, seed), size, device, batch):
             total = h.cumsum(dim=0) + (before if start else 0)
@@ -55,7 +55,7 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
                     if k not in bags:
                         bags[k] = torch.empty(count, h.shape[2], device=h.device)
                     bags[k][images] = total[k - start - 1] / k
-            update(done := done + h.shape[0] * h.shape[1], "")
+            update(done := done + h.shape[0] * h.shape[1])
     return {k: bags[k].cpu() for k in ks}  # but for the first batch's check, the only wait for the device
 
 
@@ -70,12 +70,12 @@ def patch_embeddings(encoder: nn.Module, pixels: Tensor, boxes: Tensor, size: in
     if boxes.ndim != 3 or boxes.shape[1:] != (len(pixels), 4) or not len(boxes):
         raise ValueError(f"boxes must be [patches, {len(pixels)}, 4] for {len(pixels)} images, not {list(boxes.shape)}")
     done, embeddings = 0, None
-    with progress_bar(boxes.shape[0] * boxes.shape[1], 0, "embed", progress) as update:
+    with _telling(boxes.shape[0] * boxes.shape[1], encoder, size, device, progress) as update:
         for images, start, h in _chunks(embed, pixels, boxes, size, device, batch):
             if embeddings is None:
                 embeddings = torch.empty(*boxes.shape[:2], h.shape[2])
             embeddings[start : start + len(h), images] = h
-            update(done := done + h.shape[0] * h.shape[1], "")
+            update(done := done + h.shape[0] * h.shape[1])
     return embeddings
 
 
@@ -135,6 +135,21 @@ def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | No
             return network(crops)[:count].float()
 
     return embed, device, batch
+
+
+@contextlib.contextmanager
+def _telling(crops: int, encoder: nn.Module, size: int, device: torch.device,
+             progress: bool) -> Iterator[Callable[[int], None]]:  # fmt: skip
+    """Around the embedding of so many crops: yields what is to be told how many are done."""
+    cost = "embedding", sum(parameter.numel() for parameter in encoder.parameters()), size, device.type
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with (budget.piece(f"an embedding of {crops:,} crops", cost, crops, wait) as told,
+          progress_bar(crops, 0, "embed", progress) as bar):  # fmt: skip
+        def update(done: int) -> None:
+            bar(done, "")
+            told(done)
+
+        yield update
 
 
 def _boxes(pixels: Tensor, count: int, scale: float, seed: int) -> Tensor:

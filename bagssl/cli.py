@@ -78,9 +78,11 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
     if arguments.bare and (arguments.jobs > 1 or arguments.fresh):
         raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
+    if arguments.whole and not (arguments.bare and arguments.time_limit):
+        raise InputError("--whole is for a box that is gone afterwards: give --bare and --time-limit with it")
     asked = arguments.experiment, arguments.profile, assignments(arguments.set)
     if arguments.bare:
-        return reproduce.reproduce_bare(*asked, time_limit=arguments.time_limit)
+        return reproduce.reproduce_bare(*asked, time_limit=arguments.time_limit, whole=arguments.whole)
     return reproduce.reproduce(*asked, jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
 
 
@@ -152,7 +154,8 @@ def runs_export(arguments: argparse.Namespace) -> None:
     from bagssl.overview import choose
     from bagssl.packing import export
 
-    for path in export(choose(arguments.name), arguments.folder, arguments.part, arguments.weights):
+    for path in export(choose(arguments.name), arguments.folder, arguments.part, arguments.weights,
+                       new=arguments.new):  # fmt: skip
         print(os.path.relpath(path))
 
 
@@ -202,6 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
     options.add_argument("--bare", action="store_true",
                          help="without Jupyter, in this process: for a box that only trains and measures models")
+    options.add_argument("--whole", action="store_true",
+                         help="begin no model or measurement that cannot end in the time limit, the most wanted first")
 
     command("list", list_experiments, "Show experiments: paper artefact, notebook, cost per profile, state.")
     command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
@@ -235,6 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--part", type=size, default="15MiB", metavar="SIZE", help="of a file at most (15MiB)")
     options.add_argument("--weights", default="fp16", metavar="KIND",
                          help="fp16 (default), fp32 or none: tables need none")
+    options.add_argument("--new", action="store_true", help="only what no pack in the folder holds")
     options = command("import", runs_import, "Bring exported runs into the store, whole or not at all.", actions)
     options.add_argument("file", nargs="+", help="all the files, or the folder that holds them")
 

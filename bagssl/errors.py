@@ -23,6 +23,10 @@ class Stopped(_OneLine):
         self.interrupted = interrupted
 
 
+class DoesNotFit(Stopped):
+    """Work that could not end in the time that is left, and so was not done (exit code 3)."""
+
+
 class Diverged(_OneLine, RuntimeError):
     """Training gave NaN or collapsed; the message names the term (exit code 1)."""
 
@@ -60,7 +64,7 @@ def shortage(name: str, message: str) -> str | None:
     """For an error, by its class's name and its message: one line that says what this box lacks and what would help;
     None for any other.
     """
-    if name in ("InputError", "Stopped", "Diverged"):  # which say themselves what to do
+    if name in ("InputError", "Stopped", "DoesNotFit", "Diverged"):  # which say themselves what to do
         return None
     for part in message.strip().splitlines() or [""]:
         line = f"{name}: {part.strip()}".removesuffix(": ")

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bagssl import runs
+from bagssl import budget, runs
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.devices import pick_device
 from bagssl.errors import InputError
 from bagssl.pretraining import load_encoder, load_projector
-from bagssl.probes import knn, linear
+from bagssl.probes import Accuracy, knn, linear
 from bagssl.runs import Run
 
 PROBES = {"knn": knn, "linear": linear}
 FEATURES = ("h", "z")
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
+LARGE, SAMPLE = 10_000, 10  # training images from which a probe takes long, and what share of them tells how long
 _recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K -> bags
 
 
@@ -121,12 +123,26 @@ def _measure(run: Run, train: Images, test: Images | float, protocol: dict[str, 
         labels, labels_test = labels[rest], labels[held]
     rows = []
     for feature, k, probe in itertools.product(protocol["features"], protocol["ks"], protocol["probes"]):
-        features = bags[feature][k], labels, bags_test[feature][k], labels_test
-        result = PROBES[probe](*(tensor.to(device) for tensor in features))
+        result = _probe(probe, bags[feature][k], labels, bags_test[feature][k], labels_test, device=device)
         correct = np.packbits(result.correct.numpy()).tobytes().hex()  # see `unpack_correct`
         rows.append({"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
                      "high": result.high, "settings": result.settings, "correct": correct})
     return rows
+
+
+def _probe(name: str, *features: Tensor, device: str) -> Accuracy:
+    """The probe of training features, labels, test features, labels; raises DoesNotFit as `budget.piece` does."""
+    features = [tensor.to(device) for tensor in features]
+    images, dim = features[0].shape
+
+    def trial() -> float:
+        begun = time.monotonic()
+        PROBES[name](*(tensor[::SAMPLE] for tensor in features))
+        return SAMPLE * (time.monotonic() - begun) / images
+
+    with budget.piece(f"the {name} probe on {images:,} images", (name, dim, device), images,
+                      trial=trial if images >= LARGE else None):  # fmt: skip
+        return PROBES[name](*features)
 
 
 class _Features(nn.Module):

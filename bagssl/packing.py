@@ -32,17 +32,18 @@ _FILES = ("config.json", *RECORD, MARK)  # of a run, but for weights and evaluat
 _MEMBER = re.compile(rf"[\w-]+/({'|'.join((*_FILES, WEIGHTS, HALF))}|evaluations/[0-9a-f]+\.json)")
 
 
-def export(chosen: Sequence[Run], folder: Path | str, part: int = 15 * 2**20, weights: str = "fp16") -> list[Path]:
+def export(chosen: Sequence[Run], folder: Path | str, part: int = 15 * 2**20, weights: str = "fp16", *,
+           new: bool = False) -> list[Path]:
     """Pack finished runs, and what was measured on them, into files of at most `part` bytes in `folder`.
 
     weights: 'fp32' as they are, 'fp16' rounded, half the size and marked as such, or 'none'. A run whose weights are
-    not here, or here as fp16 alone, travels with what it has. Raises InputError for no run, one that is not finished,
-    or one that is damaged.
+    not here, or here as fp16 alone, travels with what it has. new: only what no pack in `folder` holds, perhaps
+    nothing. Raises InputError for no run, one that is not finished, or one that is damaged.
     """
     check_choice("weights", weights, KINDS)
     if part < LEAST:
         raise InputError(f"parts of {part:,} bytes are too small: give {LEAST // 2**10}KiB or more")
-    if not chosen:
+    if not chosen and not new:
         raise InputError("there is no finished run to export")
     for run in chosen:
         if not run.finished:
@@ -51,31 +52,49 @@ def export(chosen: Sequence[Run], folder: Path | str, part: int = 15 * 2**20, we
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder / "any")
+    before = _members(folder) if new else set()
+    lacking = {run: [name for name in _names(run, weights) if f"{run.path.name}/{name}" not in before]
+               for run in chosen}  # fmt: skip
+    if not any(lacking.values()):
+        return []
     with tempfile.TemporaryFile(dir=folder) as packed:
         with (gzip.GzipFile("", "wb", 6, packed, mtime=0) as stream,  # the same runs make the same files
               tarfile.open(fileobj=stream, mode="w") as tar):  # fmt: skip
-            for run in sorted(chosen, key=lambda each: each.path.name):
-                for name, content in _contents(run, weights, folder):
+            for run in sorted((run for run in chosen if lacking[run]), key=lambda each: each.path.name):
+                for name in dict.fromkeys((*lacking[run], *_FILES)):  # a pack is whole: the record goes with all
+                    content = _content(run, name, folder)
                     member = tarfile.TarInfo(f"{run.path.name}/{name}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         return list(_cut(packed, folder, part - _HEAD))
 
 
-def _contents(run: Run, weights: str, folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of all files of a run that travel."""
-    if run.halved and weights != "none":
-        yield HALF, (run.path / HALF).read_bytes()
-    elif weights == "fp32" and (run.path / WEIGHTS).exists():
-        yield WEIGHTS, (run.path / WEIGHTS).read_bytes()
-    elif weights == "fp16" and (run.path / WEIGHTS).exists():
+def _members(folder: Path) -> set[str]:
+    """The files of runs that the packs in a folder hold, as RUN/NAME."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for pack, parts in (_packs([folder]) if list(folder.glob(f"*{SUFFIX}")) else {}).items():
+            _extract(pack, parts, Path(scratch))
+        return {path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file()}
+
+
+def _names(run: Run, weights: str) -> list[str]:
+    """The files of a run that travel, its record last."""
+    whole = (run.path / WEIGHTS).exists()
+    name = WEIGHTS if weights == "fp32" and whole else HALF if weights != "none" and (whole or run.halved) else None
+    evaluations = sorted(f"evaluations/{path.name}" for path in run.path.glob("evaluations/*.json"))
+    return [*filter(None, [name]), *evaluations, *_FILES]
+
+
+def _content(run: Run, name: str, folder: Path) -> bytes:
+    """What a file that travels holds. Raises InputError for a damaged one."""
+    path = run.path / name
+    if name == HALF and not run.halved:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             runs.write_half(run, half := Path(scratch, HALF))
-            yield HALF, half.read_bytes()
-    for path in sorted((run.path / "evaluations").glob("*.json")):
-        runs.read_json(path)  # raises for a damaged one
-        yield f"evaluations/{path.name}", path.read_bytes()
-    yield from ((name, (run.path / name).read_bytes()) for name in _FILES)
+            return half.read_bytes()
+    if path.parent != run.path:
+        runs.read_json(path)
+    return path.read_bytes()
 
 
 def _cut(packed: io.BufferedIOBase, folder: Path, size: int) -> Iterator[Path]:

@@ -12,7 +12,6 @@ bags.py averages h over the patches of an image.
 import contextlib
 import copy
 import math
-import os
 import signal
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bagssl import runs
+from bagssl import budget, runs
 from bagssl.colours import apply_colour
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
@@ -38,6 +37,8 @@ from bagssl.progress import progress_bar
 from bagssl.runs import Run
 
 LOGS = 200  # rows of a run's history, at least: each waits for the device
+_COST = ("objective", "encoder", "width", "size", "views", "batch_size", "projector_hidden", "projector_dim",
+         "optimiser")  # what the time of a step depends on
 _COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of the history, before the terms
 
 
@@ -49,8 +50,8 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
     Stopped by Ctrl-C, SIGTERM or after `time_limit` seconds ($BAGSSL_DEADLINE, in Unix time, counts as well), it
     writes a checkpoint and raises Stopped (killed, it goes on from the checkpoint of at most `checkpoint_every` seconds
     before); the next call goes on from there and ends, on a CPU, with the weights of a run that was never stopped, to
-    the bit. Raises Diverged when a loss term is not finite or the projections collapse,
-    InputError when there are fewer images than one batch holds, or a finished run is damaged.
+    the bit. Raises Diverged when a loss term is not finite or the projections collapse, DoesNotFit as `budget.piece`
+    does, InputError when there are fewer images than one batch holds, or a finished run is damaged.
     """
     crops = config.steps(len(images)) * config.crops_per_step  # what is refused, before a folder is made
     device = torch.device(pick_device(device))
@@ -60,7 +61,7 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
         run.check()
         runs.drop_checkpoint(run)  # killed when nothing but this was left to do
         return run
-    deadline = _deadline(time_limit)
+    deadline = budget.deadline(time_limit)
     with runs.locked(run, deadline):
         if not run.finished:  # it may have been finished while we waited
             runs.reopen(run)
@@ -231,8 +232,10 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
     per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
     crops = config.crops_per_step
     record = _Record(learner, run, steps, per_epoch)
+    resumed, cost = record.step, (*(getattr(config, name) for name in _COST), learner.dtype, learner.compiled)
     take_step = _Replayed(learner) if "graphs" in learner.compiled else learner.step
-    with _signals() as stop, progress_bar(steps * crops, record.step * crops, config.label, progress) as bar:
+    with (_signals() as stop, progress_bar(steps * crops, resumed * crops, config.label, progress) as bar,
+          budget.piece(config.label, cost, (steps - resumed) * crops) as told):  # fmt: skip
         while record.step < steps:
             epoch, position = divmod(record.step, per_epoch)
             if order is None or position == 0:
@@ -251,6 +254,8 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
                 raise Stopped(message, interrupted=bool(stop))
             if time.monotonic() - record.saved > checkpoint_every:
                 record.save()
+            if means:
+                told((record.step - resumed) * crops)
         record.finish(images)
         if stop:  # asked for when there was no step left to stop at
             raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
@@ -351,18 +356,6 @@ class _Record:
 def _means(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
     """The only wait for the device in the loop, but for checkpoints."""
     return dict(zip(sums, (torch.stack(list(sums.values())).cpu() / steps).tolist(), strict=True))
-
-
-def _deadline(time_limit: float | None) -> float:
-    """When to stop, on the monotonic clock: the other one may be set while we train."""
-    deadline = os.environ.get("BAGSSL_DEADLINE") or "inf"
-    try:
-        left = float(deadline) - time.time()
-        if math.isnan(left):
-            raise ValueError
-        return time.monotonic() + min(left, math.inf if time_limit is None else time_limit)
-    except ValueError:
-        raise InputError(f"BAGSSL_DEADLINE = {deadline!r} is not a Unix time in seconds") from None
 
 
 @contextlib.contextmanager

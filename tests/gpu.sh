@@ -1,25 +1,39 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in pieces: its tests, the bench, the fast run. After the time given nothing new is begun,
-# training stops, and the next call goes on, until one says "done". The box needs torch, torchvision, lightly, pytest, pandas, scikit-learn
-# and seaborn, neither Jupyter nor a network, and CIFAR-10 (`python -m bagssl.cli data add cifar10 PATH`).
+# What only a GPU can show, on a box that is gone afterwards: the tests that need one (a minute at most); the models and
+# measurements of the paper profile, the most wanted first, none begun that cannot end; packs of what is new, to be
+# taken along; the bench in what time is left. Called again, or on the next box with the packs in the same folder, it
+# goes on; when nothing is left to do it says "done". The box needs torch, torchvision, lightly, pytest, pandas,
+# scikit-learn and seaborn, neither Jupyter nor a network, and CIFAR-10 (`python -m bagssl.cli data add cifar10 PATH`).
 #
-#   bash tests/gpu.sh [SECONDS, 540 by default]
-#   REHEARSE=1 bash tests/gpu.sh      the same commands at tiny size, on any machine
+#   bash tests/gpu.sh [SECONDS, 540 by default] [FOLDER of the packs, results/packs by default]
+#   REHEARSE=1 bash tests/gpu.sh      the same at tiny size, on any machine; PACE=crops a second, so that time runs out
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-seconds=${1:-540}
-bench=() fast=(fast-cifar10 --profile paper)
+seconds=${1:-540} packs=${2:-${BAGSSL_RESULTS:-results}/packs}
+reserve=20  # seconds to pack what is new
+profile=paper bench=()
 if [ -n "${REHEARSE:-}" ]; then
-    bench=(--quick --dataset synthetic) fast=(fast-run --profile smoke)
+    profile=smoke bench=(--quick --dataset synthetic)
+    export BAGSSL_PACE=${PACE:-1500}
 else
     "$python" -m bagssl.cli data check cifar10 || exit
 fi
-left() { echo "$((seconds > SECONDS ? seconds - SECONDS : 1))s"; }
+left() { echo $((seconds - reserve > SECONDS ? seconds - reserve - SECONDS : 1)); }
+at_most() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
 
+mkdir -p "$packs"
+if compgen -G "$packs/*.bagssl" >/dev/null; then
+    "$python" -m bagssl.cli runs import "$packs" || exit
+fi
 # Only the files that hold such tests: others need what is not on the box.
-timeout "$(left)" "$python" -m pytest -p no:cacheprovider -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py); tests=$?
-"$python" -m bagssl.cli bench "${bench[@]}" --time-limit "$(left)" || exit
-"$python" -m bagssl.cli reproduce "${fast[@]}" --bare --time-limit "$(left)" || exit
-echo "done; the tests ended with $tests"
-exit "$tests"
+timeout "$(at_most 60 "$(left)")" "$python" -m pytest -p no:cacheprovider -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
+tests=$?
+"$python" -m bagssl.cli reproduce --profile "$profile" --bare --whole --time-limit "$(left)s"
+results=$?
+"$python" -m bagssl.cli runs export "$packs" --new || exit
+timeout --signal=INT "$(left)" "$python" -m bagssl.cli bench "${bench[@]}" --time-limit "$(left)s"
+bench=$?
+echo "tests: $tests, results: $results, bench: $bench (0: done, 3: not all of it fitted, 124: cut off)"
+[ "$results$bench" = 00 ] && echo "done"
+exit "$results"

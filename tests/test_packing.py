@@ -223,3 +223,22 @@ def test_a_list_shows_runs_that_are_begun_or_damaged_too(store, tmp_path):
     (whole.path / "metrics.json").write_text("damaged")
     assert [overview.row(run)[1] for run in (whole, other)] == ["finished", "has lost history.csv"]
     assert overview.row(whole)[2] == ""
+
+
+def test_new_packs_what_no_pack_in_the_folder_holds_and_all_packs_together_are_the_store(store, tmp_path):
+    root, folder = tmp_path / "store", tmp_path / "packs"
+    shutil.copytree(store, root)
+    first, second = runs.list_runs(root)
+    assert packing.export([first], folder, weights="fp32", new=True)
+    assert packing.export([first], folder, weights="fp32", new=True) == []
+    measured(first, (0, 3))
+    (lighter,) = packing.export([first], folder, weights="fp32", new=True)
+    assert packing.export([first, second], folder, part=2**16, weights="fp32", new=True)
+    assert packing.export([first, second], folder, weights="fp32", new=True) == []
+    assert len(lighter.read_bytes()) < (root / first.path.name / WEIGHTS).stat().st_size, "its weights travelled before"
+    packing.unpack([folder], tmp_path / "there")
+    assert files(tmp_path / "there") == files(root)
+    assert packing.export([], folder, new=True) == []
+    part = next(folder.iterdir())
+    part.write_bytes(part.read_bytes()[:-1])
+    refused(lambda: packing.export([first], folder, new=True), part.name, "damaged")

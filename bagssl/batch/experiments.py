@@ -14,6 +14,7 @@ from bagssl.parameters import read_yaml
 from bagssl.paths import home
 
 PROFILES = ("smoke", "laptop", "paper")
+WORTH = "order-of-worth"  # the entry that is no experiment
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,17 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
     """
     folder = Path(notebooks or home() / "notebooks")
     path = folder / "experiments.yaml"
-    try:
-        entries = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: run bagssl from a checkout of the project") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8
-        raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    entries = _read(path)
 
     def check(value: Any, where: str, required: set[str]) -> None:
         if not isinstance(value, dict) or set(value) != required:
             found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
             raise InputError(f"{path}: {where} needs exactly {', '.join(sorted(required))}; found {found}")
 
-    if not isinstance(entries, dict) or not entries:
-        raise InputError(f"{path}: expected a mapping from experiment to its entry")
     experiments = {}
     for name, entry in entries.items():
+        if name == WORTH:
+            continue
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", str(name)):
             raise InputError(f"{path}: {name!r} is no experiment name; use small letters, digits and '-'")
         check(entry, name, {"artefact", "notebook", "profiles"})
@@ -74,6 +70,40 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
             profiles[profile] = Profile(str(value["cost"]), value["parameters"])
         experiments[name] = Experiment(name, str(entry["artefact"]), folder / entry["notebook"], profiles)
     return experiments
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        entries = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run bagssl from a checkout of the project") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8
+        raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{path}: expected a mapping from experiment to its entry")
+    return entries
+
+
+def order_of_worth(profile: str, notebooks: Path | None = None) -> list[tuple[Experiment, dict[str, Any]]]:
+    """The experiments of a profile, the most wanted first, each with parameters in place of the profile's own.
+
+    An experiment may come several times, a part of it each time. Without such a list for the profile: all that have it,
+    in the order of the file. Raises InputError as `load_experiments` does.
+    """
+    experiments = load_experiments(notebooks)
+    path = Path(notebooks or home() / "notebooks") / "experiments.yaml"
+    check_choice("profile", profile, PROFILES)
+    listed = (_read(path).get(WORTH) or {}).get(profile)
+    if listed is None:
+        return [(experiment, {}) for experiment in choose(experiments, (), profile)]
+    found = []
+    for entry in listed:
+        if not isinstance(entry, dict) or len(entry) != 1 or not isinstance(*entry.values(), dict):
+            raise InputError(f"{path}: {WORTH}: {profile}: {entry!r} must be an experiment with its parameters, {{}} "
+                             "for none")  # fmt: skip
+        ((name, parameters),) = entry.items()
+        found += [(experiment, parameters) for experiment in choose(experiments, [name], profile)]
+    return found
 
 
 def choose(experiments: Mapping[str, Experiment], names: Sequence[str], profile: str) -> list[Experiment]:

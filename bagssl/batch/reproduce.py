@@ -22,14 +22,16 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from filelock import Timeout
 
-from bagssl.batch.experiments import choose, load_experiments
+from bagssl import catalogue
+from bagssl.batch.experiments import choose, load_experiments, order_of_worth
 from bagssl.batch.kernels import PROCESS_KILLED, Board, Kernels, sigterm_as_ctrl_c
 from bagssl.batch.notebook import error_line, run_cells
 from bagssl.batch.stages import Stage, hashes, iso_time, plan, resolve, stage_provenance, state, write_record
-from bagssl.errors import InputError, Stopped, nearest
+from bagssl.errors import DoesNotFit, InputError, Stopped, nearest
 from bagssl.locks import lock_at, remedy
 from bagssl.paths import cores, home, move_folder, write_atomically
 
@@ -221,23 +223,54 @@ def _write_page(results: Path | None, profile: str) -> bool:
 # ---- without Jupyter, and in place
 
 
-def reproduce_bare(names: Sequence[str], profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
-                   time_limit: float | None = None, notebooks: Path | None = None) -> int:  # fmt: skip
+def reproduce_bare(names: Sequence[str] = (), profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
+                   time_limit: float | None = None, whole: bool = False,
+                   notebooks: Path | None = None) -> int:  # fmt: skip
     """Execute the cells of experiments in this process, where there is no Jupyter: a box that only trains.
 
     What is kept are the models and their evaluations, in the store: with its folders, `reproduce` is quick elsewhere;
-    what was trained before is not trained again. Tables and figures go to results/by-hand/. Takes, returns and raises
-    what `reproduce` does, but that Ctrl-C raises.
+    what was trained before is not trained again. Tables and figures go to results/by-hand/. whole: on a box that is
+    gone at the time limit, begin nothing that cannot end in it (budget.py); without names go by the order of worth.
+    Takes, returns and raises what `reproduce` does, but that Ctrl-C raises.
     """
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
-    stages = _stages(names, profile, overrides, notebooks)
-    board, codes = Board(), []
-    for i, stage in enumerate(stages, 1):
-        say = functools.partial(board.say, title=f"[{i}/{len(stages)}] {stage.experiment.name}: ")
-        outcome = _run_bare(stage, deadline, say)
-        codes.append(outcome.code)
-        say(outcome.message, error=outcome.code != 0)
+    board, codes, before = Board(), [], _stored() if whole else ()
+    stages = _by_worth(profile, overrides, notebooks, board) if whole and not names else [
+        (stage.experiment.name, stage) for stage in _stages(names, profile, overrides, notebooks)]
+    with mock.patch.dict(os.environ, {**_unix_deadline(deadline), **({"BAGSSL_WHOLE": "1"} if whole else {})}):
+        for i, (title, stage) in enumerate(stages, 1):
+            say = functools.partial(board.say, title=f"[{i}/{len(stages)}] {title}: ")
+            outcome = _run_bare(stage, deadline, say)
+            codes.append(outcome.code)
+            say(outcome.message, error=outcome.code != 0)
+    if whole:
+        models, measured = (now - then for now, then in zip(_stored(), before, strict=True))
+        did = f"new: models {models}, evaluations {measured}" if models or measured else "nothing new"
+        board.say(f"{did}; of {len(stages)} entries {codes.count(3)} did not fit")
     return _worst(codes)
+
+
+def _by_worth(profile: str, overrides: Mapping[str, Any] | None, notebooks: Path | None,
+              board: Board) -> list[tuple[str, Stage]]:  # fmt: skip
+    """What is to be done, the most wanted first, by titles; what has no data here is left out, and said."""
+    found = []
+    for experiment, part in order_of_worth(profile, notebooks):
+        given = {**part, **(overrides or {})}
+        title = " ".join([experiment.name, *(f"{name}={value}" for name, value in part.items())])
+        dataset = resolve(experiment, profile, given).get("dataset")
+        if dataset is None or catalogue.available(dataset):
+            found.append((title, plan(experiment, profile, given)))
+        else:
+            board.say(f"{title}: left out, {dataset} is not here")
+    return found
+
+
+def _stored() -> tuple[int, int]:
+    """How many finished models and evaluations are in the store."""
+    from bagssl.runs import list_runs
+
+    finished = [run for run in list_runs() if run.finished]
+    return len(finished), sum(len(list(run.path.glob("evaluations/*.json"))) for run in finished)
 
 
 def _run_bare(stage: Stage, deadline: float, say: Callable) -> Outcome:
@@ -245,9 +278,10 @@ def _run_bare(stage: Stage, deadline: float, say: Callable) -> Outcome:
     if begun >= deadline:
         return NOT_STARTED
     say("starts")
-    os.environ.update(_unix_deadline(deadline))
     try:
         run_cells(notebook, stage.parameters)
+    except DoesNotFit as stop:
+        return Outcome(3, f"left: {stop}")
     except Stopped as stop:
         if stop.interrupted:
             raise

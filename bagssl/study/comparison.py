@@ -12,7 +12,7 @@ import pandas as pd
 from bagssl import intervals, runs
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
-from bagssl.errors import InputError, check_choice
+from bagssl.errors import DoesNotFit, InputError, check_choice
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.objectives import OBJECTIVES
 from bagssl.paths import copy_folder, results_root
@@ -45,8 +45,19 @@ def arms(objectives: Sequence[str], seeds: Sequence[int], recipe: Mapping[str, A
 
 
 def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any) -> list[Run]:
-    """The finished run of each configuration; what the store holds is not trained again. options: of `pretrain`."""
-    return [pretrain(config, images, **options) for config in configs]
+    """The finished run of each configuration; what the store holds is not trained again. options: of `pretrain`.
+
+    Raises DoesNotFit, after those for which there is time, for all that have none.
+    """
+    trained, unfit = [], []
+    for config in configs:
+        try:
+            trained.append(pretrain(config, images, **options))
+        except DoesNotFit as stop:
+            unfit.append(str(stop))
+    if unfit:
+        raise DoesNotFit("; ".join(unfit))
+    return trained
 
 
 def measure_all(trained: Sequence[Run], train: Images, test: Images, ks: Sequence[int],
