@@ -23,14 +23,15 @@ BATCH = {"cpu": 256, "cuda": 4096}  # crops: what stays in a processor's cache, 
 
 def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: float, size: int, seed: int = 0,
                device: torch.device | str | None = None, batch: int | None = None,
-               progress: bool = False) -> dict[int, Tensor]:
+               progress: bool = False, more: int = 0) -> dict[int, Tensor]:
     """The mean embedding of the first K of max(ks) random patches of each image, for each K in `ks`.
 
     encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is.
     pixels: uint8 [N, 3, H, W], on any device. scale: the patches' share of the image's area. K = 0 is the centre
     crop: the whole image, once. The patches follow from `seed` alone: bags are nested (the patches of K = 4 are the
     first of those of K = 16) and independent of `batch`, which counts the crops embedded at a time.
-    device: where to embed, by default where the encoder lies. Returns {K: float32 [N, dim]} on the CPU.
+    device: where to embed, by default where the encoder lies. more: crops that must follow for these to be of use, see
+    `budget.piece`. Returns {K: float32 [N, dim]} on the CPU.
 
     Raises InputError for no K or one below 0, a scale outside (0, 1], or no images, DoesNotFit as `budget.piece` does.
     """
@@ -41,7 +42,7 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
         raise InputError(f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area")
     embed, device, batch = _prepare(encoder, pixels, device, batch, len(pixels) * max(ks))
     count, most, done, bags = len(pixels), max(ks), 0, {}
-    with _telling(count * (most + (0 in ks)), encoder, size, device, progress) as update:
+    with _telling(count * (most + (0 in ks)), encoder, size, device, progress, more) as update:
         if 0 in ks:
             bags[0] = torch.cat([embed(patches.centre_crop(part.to(device, non_blocking=True), size))
                                  for part in pixels.split(batch)])
@@ -138,12 +139,12 @@ def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | No
 
 
 @contextlib.contextmanager
-def _telling(crops: int, encoder: nn.Module, size: int, device: torch.device,
-             progress: bool) -> Iterator[Callable[[int], None]]:  # fmt: skip
+def _telling(crops: int, encoder: nn.Module, size: int, device: torch.device, progress: bool,
+             more: int = 0) -> Iterator[Callable[[int], None]]:  # fmt: skip
     """Around the embedding of so many crops: yields what is to be told how many are done."""
     cost = "embedding", sum(parameter.numel() for parameter in encoder.parameters()), size, device.type
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with (budget.piece(f"an embedding of {crops:,} crops", cost, crops, wait) as told,
+    with (budget.piece(f"an embedding of {crops + more:,} crops", cost, crops, wait, more=more) as told,
           progress_bar(crops, 0, "embed", progress) as bar):  # fmt: skip
         def update(done: int) -> None:
             bar(done, "")

@@ -36,11 +36,12 @@ def deadline(time_limit: float | None = None) -> float:
 
 @contextlib.contextmanager
 def piece(label: str, cost: Hashable, units: int, wait: Callable[[], object] = lambda: None,
-          trial: Callable[[], float] | None = None) -> Iterator[Callable[[int], None]]:
+          trial: Callable[[], float] | None = None, more: int = 0) -> Iterator[Callable[[int], None]]:
     """Around work of so many units (crops, images): yields what is to be told how many are done.
 
     cost: where it is equal, a unit takes equally long. wait: for the device, before a rate is believed. trial: for work
-    that cannot tell, the seconds that a unit of a sample takes. Raises DoesNotFit where pieces must be whole and this
+    that cannot tell, the seconds that a unit of a sample takes. more: units that must follow for these to be of use:
+    there must be time for them as well. Raises DoesNotFit where pieces must be whole and this
     one cannot end in time; elsewhere it does nothing.
     """
     if not os.environ.get("BAGSSL_WHOLE") or units <= 0:
@@ -48,8 +49,8 @@ def piece(label: str, cost: Hashable, units: int, wait: Callable[[], object] = l
         return
     if trial and cost not in _rates:
         _rates[cost] = trial()
-    work = _Piece(label, cost, units, wait)
-    work.judge(units * _rates.get(cost, 0.0))
+    work = _Piece(label, cost, units + more, wait)
+    work.judge((units + more) * _rates[cost] if cost in _rates else FIRST)
     yield work.told
     _slow_down(work.begun, units)
     wait()

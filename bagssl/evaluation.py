@@ -110,10 +110,10 @@ def _measure(run: Run, train: Images, test: Images | float, protocol: dict[str, 
     if "z" in protocol["features"]:
         networks["z"] = load_projector(run, device)
 
-    def embed(images: Images, seed: int) -> dict[str, dict[int, Tensor]]:
-        return _bags(networks, images, protocol, seed, device, progress)
+    def embed(images: Images, seed: int, then: int = 0) -> dict[str, dict[int, Tensor]]:
+        return _bags(networks, images, protocol, seed, device, progress, then)
 
-    bags, labels = embed(train, protocol["seed"]), train.labels
+    bags, labels = embed(train, protocol["seed"], len(test) if isinstance(test, Images) else 0), train.labels
     if isinstance(test, Images):  # other patches for the test images than for the training images
         bags_test, labels_test = embed(test, protocol["seed"] + 1), test.labels
     else:
@@ -158,8 +158,8 @@ class _Features(nn.Module):
 
 
 def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, Any], seed: int, device: str,
-          progress: bool) -> dict[str, dict[int, Tensor]]:  # fmt: skip
-    """Feature -> K -> bags [images, dim], those of several scales concatenated.
+          progress: bool, then: int = 0) -> dict[str, dict[int, Tensor]]:  # fmt: skip
+    """Feature -> K -> bags [images, dim], those of several scales concatenated. then: images that must follow.
 
     No patch is embedded twice for h and z, nor what this process has embedded before.
     """
@@ -174,7 +174,7 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
         if missing := [k for k in ks if any(place(scale, feature, k) not in _recent for feature in features)]:
             network = _Features(networks["h"], networks.get("z"))
             embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"], seed=seed,
-                                  device=device, progress=progress)  # fmt: skip
+                                  device=device, progress=progress, more=then * max(ks))  # fmt: skip
             for (k, bag), feature in itertools.product(embedded.items(), networks):
                 _recent[place(scale, feature, k)] = (bag[:, :dim] if feature == "h" else bag[:, dim:]).contiguous()
     bags = {feature: {k: torch.cat([_recent[place(scale, feature, k)] for scale in scales], dim=1) for k in ks}

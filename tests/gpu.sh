@@ -14,8 +14,8 @@ seconds=${1:-540} packs=${2:-${BAGSSL_RESULTS:-results}/packs}
 reserve=20  # seconds to pack what is new
 profile=paper bench=()
 if [ -n "${REHEARSE:-}" ]; then
-    profile=smoke bench=(--quick --dataset synthetic)
-    export BAGSSL_PACE=${PACE:-1500}
+    profile=smoke bench=(--quick --dataset synthetic coding-rate probes)
+    export BAGSSL_PACE=${PACE:-1000}
 else
     "$python" -m bagssl.cli data check cifar10 || exit
 fi

@@ -121,3 +121,18 @@ def test_the_deadline_is_the_nearer_of_two(monkeypatch):
     monkeypatch.setenv("BAGSSL_DEADLINE", "noon")
     with pytest.raises(InputError, match="BAGSSL_DEADLINE = 'noon'"):
         budget.deadline()
+
+
+def test_there_must_be_time_for_what_makes_a_piece_useful_as_well(clock):
+    with pytest.raises(DoesNotFit, match="takes 8"):
+        work(400, more=500)
+    work(400, more=100, cost="b")
+    assert budget._rates["b"] == 0.1, "the rate is that of the piece alone"
+
+
+def test_of_what_nothing_is_known_nothing_is_begun_in_the_last_seconds(clock):
+    clock.sleep(59)
+    with pytest.raises(DoesNotFit, match="1 s are left"):
+        work(5)
+    budget._rates["a"] = 0.1
+    work(5)
