@@ -50,7 +50,10 @@ def piece(label: str, cost: Hashable, units: int, wait: Callable[[], object] = l
     if trial and cost not in _rates:
         _rates[cost] = trial()
     work = _Piece(label, cost, units + more, wait)
-    work.judge((units + more) * _rates[cost] if cost in _rates else FIRST)
+    if cost in _rates:
+        work.judge((units + more) * _rates[cost])
+    elif (left := work.end - time.monotonic()) < FIRST:
+        raise DoesNotFit(f"{label} was not begun, {max(left, 0):.0f} s are left")
     yield work.told
     _slow_down(work.begun, units)
     wait()

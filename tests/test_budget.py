@@ -132,7 +132,7 @@ def test_there_must_be_time_for_what_makes_a_piece_useful_as_well(clock):
 
 def test_of_what_nothing_is_known_nothing_is_begun_in_the_last_seconds(clock):
     clock.sleep(59)
-    with pytest.raises(DoesNotFit, match="1 s are left"):
+    with pytest.raises(DoesNotFit, match="was not begun, 1 s are left"):
         work(5)
     budget._rates["a"] = 0.1
     work(5)
