@@ -23,8 +23,10 @@ left() { echo $((seconds - reserve > SECONDS ? seconds - reserve - SECONDS : 1))
 at_most() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
 
 mkdir -p "$packs"
+runs=${BAGSSL_RUNS:-${BAGSSL_RESULTS:-results}/runs}
 if compgen -G "$packs/*.bagssl" >/dev/null; then
     "$python" -m bagssl.cli runs import "$packs" || exit
+    cp "$packs/whole.json" "$runs/" 2>/dev/null  # which entries are done
 fi
 # Only the files that hold such tests: others need what is not on the box.
 timeout "$(at_most 60 "$(left)")" "$python" -m pytest -p no:cacheprovider -q -m gpu $(grep -l "mark\.gpu" tests/test_*.py)
@@ -32,6 +34,7 @@ tests=$?
 "$python" -m bagssl.cli reproduce --profile "$profile" --bare --whole --time-limit "$(left)s"
 results=$?
 "$python" -m bagssl.cli runs export "$packs" --new || exit
+cp "$runs/whole.json" "$packs/" 2>/dev/null
 timeout --signal=INT "$(left)" "$python" -m bagssl.cli bench "${bench[@]}" --time-limit "$(left)s"
 bench=$?
 echo "tests: $tests, results: $results, bench: $bench (0: done, 3: not all of it fitted, 124: cut off)"

@@ -60,10 +60,13 @@ def box(notebooks, monkeypatch, tmp_path):
         evaluation._recent.clear()
         if packs.exists():
             packing.unpack([packs])
+            shutil.copy(packs / reproduce.ENDED, store)
         begun = clock.now
         code = reproduce.reproduce_bare(time_limit=seconds, whole=True, notebooks=notebooks)
         took, finished = clock.now - begun, [run for run in runs.list_runs() if run.finished]
         packing.export(finished, packs, weights="fp32", new=True)
+        if (store / reproduce.ENDED).exists():
+            shutil.copy(store / reproduce.ENDED, packs)
         said = capsys.readouterr()
         return code, said.out + said.err, took, store
 
@@ -98,12 +101,13 @@ def test_three_boxes_that_die_do_together_what_one_does(box, capsys, monkeypatch
         assert code == (0 if call == 2 else 3) and said.count("left: ") == 2 - call
         begun = [run for run in runs.list_runs(store) if not run.finished]
         assert not any((run.path / "checkpoint.pt").exists() for run in begun), "half a model is of no use there"
-    assert [line for line in said.splitlines() if "starts" in line] == [
-        "[1/3] b seeds=[0]: starts", "[2/3] a seeds=[0, 1]: starts", "[3/3] b seeds=[2]: starts"]  # fmt: skip
+    assert [line for line in said.splitlines() if "starts" in line or "before" in line] == [
+        "[1/3] b seeds=[0]: done before", "[2/3] a seeds=[0, 1]: done before", "[3/3] b seeds=[2]: starts"]
 
     before = sorted(box.packs.iterdir())
     code, said, took, store = box(capsys, limit)
     assert (code, took) == (0, 0) and "nothing new" in said and sorted(box.packs.iterdir()) == before
+    assert said.count("done before") == 3
     assert content(store) == undisturbed
 
 
