@@ -63,20 +63,21 @@ def _profile(root: Path, name: str, experiments: list[dict[str, Any]]) -> dict[s
     for claim, entries in ledger.groupby("claim", sort=False):
         datasets = []
         for entry in entries.to_dict("records"):
-            own = evidence[(evidence["claim"] == claim) & (evidence["dataset"] == entry["dataset"])]
+            own = claims.of(entry, evidence[evidence["claim"] == claim])
             rows = claims.judged(claim, own) if len(own) else own
             shown: dict[str, list] = {}  # rule -> what it decides on, worst first
             for row in rows.to_dict("records"):
                 shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
-            datasets.append({**entry, "caveat": claims.CLAIMS[claim].caveat, "experiment": entry["table"].split("/")[0],
-                             "rows": shown, "strip": claims.strip(claim, entry, rows)})  # fmt: skip
+            datasets.append({**entry, "subject": claims.subject(entry), "caveat": claims.CLAIMS[claim].caveat,
+                             "experiment": entry["table"].split("/")[0], "rows": shown,
+                             "strip": claims.strip(claim, entry, rows)})  # fmt: skip
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)
         cards.append({"claim": claim, "statement": entries["statement"].iloc[0], "datasets": datasets,
                       "verdict": min(entries["verdict"], key=order.index)})  # fmt: skip
-    decided = {(row.claim, row.dataset): row.verdict for row in ledger.itertuples()}
+    decided = {(row["claim"], claims.subject(row)): row["verdict"] for row in ledger.to_dict("records")}
     for each in experiments:
         own = evidence[evidence["experiment"] == each["name"]]
-        pairs = dict.fromkeys(zip(own["claim"], own["dataset"], strict=True))
+        pairs = dict.fromkeys((row["claim"], claims.subject(row)) for row in own.to_dict("records"))
         each["decides"] = [(*pair, decided[pair]) for pair in pairs]
         each["badges"] = list(dict.fromkeys((claim, verdict) for claim, _, verdict in each["decides"]))
     experiments.sort(key=lambda each: (each["notebook"], each["name"]))

@@ -216,14 +216,14 @@ def _say_ends(stages: Sequence[Stage], codes: Mapping[str, int]) -> None:
 def _write_page(results: Path | None, profile: str) -> bool:
     """Write the page of all results and say what it decides; False, with a line, when it cannot be made."""
     from bagssl.batch.report import write_report
-    from bagssl.study.claims import MISSING, ledger
+    from bagssl.study.claims import MISSING, ledger, subject
 
     try:
         page = write_report(results)
         print("The claims, on what was measured:")
         for row in ledger(page.parent, profile).itertuples():
             if row.verdict != MISSING:
-                print(f"  {row.claim} {row.verdict} on {row.dataset}: {row.measure} {row.value}")
+                print(f"  {row.claim} {row.verdict} on {subject(row._asdict())}: {row.measure} {row.value}")
         print(f"All of it on one page: {os.path.relpath(page)}#{profile}")
     except (InputError, OSError) as error:
         print(f"bagssl: no page of all results: {error}", file=sys.stderr)

@@ -5,13 +5,14 @@ makes the claim harder. Evidence is a tidy frame, one measured value with its 95
 
     dataset, setting ("simclr, multi-scale, K = 256"), measure, value, low, high, unit
 
-An exact check has low = high = value. A claim holds if every condition has rows and each row's interval lies on the
-right side of the threshold, and does not hold if one lies wholly on the wrong side: `Condition.judge` judges a row, and
-the worst decides (`judged`). Rows whose measure no rule names are kept, and decide nothing.
+and, for encoders that others trained, `encoder`. An exact check has low = high = value. A claim holds if every
+condition has rows and each row's interval lies on the right side of the threshold, and does not hold if one lies wholly
+on the wrong side: `Condition.judge` judges a row, and the worst decides (`judged`). Rows whose measure no rule names
+are kept, and decide nothing.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from bagssl.study import figures, names
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
+ENCODER = "encoder"  # a further column: of models that others trained; empty for our own
 NUMBERS = ["value", "low", "high"]
-WORDS = [name for name in COLUMNS if name not in NUMBERS]  # a dataset may be called 007
+WORDS = [ENCODER, *(name for name in COLUMNS if name not in NUMBERS)]  # a dataset may be called 007
 DRAWN = 12  # intervals drawn for a verdict at most, the worst
-LEDGER = ["claim", "dataset", "statement", "measure", "value", "rule", "verdict", "hardware", "table", "notebook"]
+LEDGER = ["claim", "dataset", ENCODER, "statement", "measure", "value", "rule", "verdict", "hardware", "table",
+          "notebook"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,18 +118,20 @@ def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> "Ruling":
     Raises InputError for evidence that cannot be judged.
     """
     rows = checked(claim, frame, f"evidence for {claim}")
-    shown = rows[["dataset", "setting", "measure"]].assign(value=[text(row) for row in rows.to_dict("records")])
-    figures.write_table(rows, output, f"claim_{claim.lower()}", shown)
+    written = rows if rows[ENCODER].any() else rows[COLUMNS]
+    shown = written[[name for name in ("dataset", ENCODER, "setting", "measure") if name in written]]
+    shown = shown.assign(value=[text(row) for row in rows.to_dict("records")])
+    figures.write_table(written, output, f"claim_{claim.lower()}", shown)
     return Ruling(claim, rows)
 
 
 def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """The columns of evidence, numbers as numbers. InputError, in one line from `where` on, if it cannot be judged."""
+    """Evidence with its encoder, numbers as numbers. InputError, one line from `where` on, if it cannot be judged."""
     if claim not in CLAIMS:
         raise InputError(f"{where}: no such claim; known: {', '.join(CLAIMS)}")
     if missing := [name for name in COLUMNS if name not in frame]:
         raise InputError(f"{where}: missing columns: {', '.join(missing)}")
-    rows = frame[COLUMNS].reset_index(drop=True)
+    rows = _with_encoder(frame)[[*COLUMNS, ENCODER]].reset_index(drop=True)
     rows[NUMBERS] = rows[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
     units = {each.measure: each.unit for each in CLAIMS[claim].conditions if each.unit}
     faults = {
@@ -146,6 +151,26 @@ def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
     return rows
 
 
+def _with_encoder(evidence: pd.DataFrame) -> pd.DataFrame:
+    return evidence if ENCODER in evidence else evidence.assign(**{ENCODER: ""})
+
+
+def subjects(evidence: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Of what a claim is decided, each in turn: the dataset, the encoder, and their rows."""
+    for (dataset, encoder), own in _with_encoder(evidence).groupby(["dataset", ENCODER], sort=False):
+        yield dataset, encoder, own
+
+
+def of(entry: Mapping[str, Any], evidence: pd.DataFrame) -> pd.DataFrame:
+    """The rows of evidence, or of `judged`, that an entry of the ledger is about."""
+    return evidence[(evidence["dataset"] == entry["dataset"]) & (evidence[ENCODER] == entry[ENCODER])]
+
+
+def subject(entry: Mapping[str, Any]) -> str:
+    """What an entry of the ledger is about: `cifar10`, or `cifar10, vicreg-cifar10`."""
+    return ", ".join(filter(None, [entry["dataset"], entry[ENCODER]]))
+
+
 def text(row: Mapping[str, Any]) -> str:
     """`+3.1 points (2.0 to 4.2)`: a difference with its sign, an interval if there is one."""
     if np.isnan(row["value"]):
@@ -163,7 +188,7 @@ def judged(claim: str, evidence: pd.DataFrame) -> pd.DataFrame:
     A condition without evidence has one undecided row without a value.
     """
     found = []
-    for dataset, own in evidence.groupby("dataset", sort=False):
+    for dataset, _, own in subjects(evidence):
         for rank, each in enumerate(CLAIMS[claim].on(dataset)):
             rows = own[own["measure"] == each.measure].to_dict("records")
             nothing = {**own.iloc[0], "setting": "", "measure": each.measure, **dict.fromkeys(NUMBERS, np.nan)}
@@ -184,13 +209,13 @@ class Ruling:
     @property
     def entries(self) -> list[dict[str, str]]:
         """What the ledger says of this evidence: an entry for each dataset."""
-        datasets = self.evidence["dataset"].unique() if len(self.evidence) else [""]
-        return [_entry(self.claim, dataset, self.evidence[self.evidence["dataset"] == dataset]) for dataset in datasets]
+        found = list(subjects(self.evidence)) or [("", "", self.evidence)]
+        return [_entry(self.claim, *each) for each in found]
 
     @property
     def verdicts(self) -> str:
         """One line for each dataset: `cifar10: C4 holds`."""
-        return "\n".join(f"{each['dataset']}: {self.claim} {each['verdict']}" for each in self.entries)
+        return "\n".join(f"{subject(each)}: {self.claim} {each['verdict']}" for each in self.entries)
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -200,15 +225,15 @@ class Ruling:
         rows = pd.concat([judged(self.claim, self.evidence), others], ignore_index=True).fillna({"rule": ""})
         rows["measured"] = [text(row) for row in rows.to_dict("records")]
         rows["asked"] = [row.rule.removeprefix(row.measure).strip() or figures.DASH for row in rows.itertuples()]
-        columns = ["dataset", "setting", "measure", "measured", "asked", "state"]
-        return rows.reindex(columns=columns[self.evidence["dataset"].nunique() <= 1 :])
+        differ = [name for name in ("dataset", ENCODER) if rows.get(name, pd.Series(dtype=str)).nunique() > 1]
+        return rows.reindex(columns=[*differ, "setting", "measure", "measured", "asked", "state"])
 
     def __repr__(self) -> str:
-        return "\n".join(f"{self.claim}, {each['dataset']}: {each['verdict']} ({each['measure']} {each['value']})"
+        return "\n".join(f"{self.claim}, {subject(each)}: {each['verdict']} ({each['measure']} {each['value']})"
                          for each in self.entries)  # fmt: skip
 
     def _repr_markdown_(self) -> str:
-        verdicts = " ".join(f"{names.cell(each['dataset'] or 'Evidence')}: **{each['verdict']}**."
+        verdicts = " ".join(f"{names.cell(subject(each) or 'Evidence')}: **{each['verdict']}**."
                             for each in self.entries)  # fmt: skip
         about = CLAIMS[self.claim]
         caveat = f" ({about.caveat})" * bool(about.caveat)
@@ -216,8 +241,8 @@ class Ruling:
 
     def _repr_html_(self) -> str:
         rows = judged(self.claim, self.evidence)
-        drawn = [(each, strip(self.claim, each, rows[rows["dataset"] == each["dataset"]]) if each["dataset"] else None)
-                 for each in self.entries]  # fmt: skip
+        drawn = [({**each, "subject": subject(each)},
+                  strip(self.claim, each, of(each, rows)) if each["dataset"] else None) for each in self.entries]
         head = figures.render("ruling.html.j2", claim=self.claim, about=CLAIMS[self.claim], entries=drawn)
         return head + figures.Table(self.rows)._repr_html_()
 
@@ -265,7 +290,7 @@ def hardware(folder: Path) -> str:
 
 def collect(results: Path, profile: str) -> pd.DataFrame:
     """All evidence of a profile, with claim, experiment, hardware, and the table and notebook that hold it."""
-    found = [pd.DataFrame(columns=[*COLUMNS, "claim", "experiment", "hardware", "table", "notebook"])]
+    found = [pd.DataFrame(columns=[*COLUMNS, ENCODER, "claim", "experiment", "hardware", "table", "notebook"])]
     for folder in experiment_folders(results, profile):
         for path in sorted(folder.glob("tables/claim_c*.csv")):
             claim = path.stem.removeprefix("claim_").upper()
@@ -280,23 +305,24 @@ def collect(results: Path, profile: str) -> pd.DataFrame:
 
 
 def ledger(results: Path, profile: str) -> pd.DataFrame:
-    """One row per claim and dataset, as in LEDGER; `table` and `notebook` are relative to results/<profile>.
+    """One row per claim, dataset and encoder, as in LEDGER; `table` and `notebook` are relative to results/<profile>.
 
     Raises InputError for evidence that cannot be judged.
     """
     evidence, rows = collect(results, profile), []
     for claim, about in CLAIMS.items():
         own = evidence[evidence["claim"] == claim]
-        for dataset in dict.fromkeys([*own["dataset"], *about.expected]) or [""]:
-            rows.append(_entry(claim, dataset, own[own["dataset"] == dataset]))
+        found = list(subjects(own))
+        found += [(name, "", own.iloc[:0]) for name in about.expected if name not in own["dataset"].tolist()]
+        rows += [_entry(claim, *each) for each in found or [("", "", own)]]
     return pd.DataFrame(rows)
 
 
-def _entry(claim: str, dataset: str, evidence: pd.DataFrame) -> dict[str, str]:
+def _entry(claim: str, dataset: str, encoder: str, evidence: pd.DataFrame) -> dict[str, str]:
     about = CLAIMS[claim]
     rule = "; ".join(filter(None, [*map(str, about.on(dataset) if dataset else about.conditions), about.caveat]))
-    entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, "statement": about.statement,
-             "rule": rule, "verdict": MISSING}  # fmt: skip
+    entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, ENCODER: encoder,
+             "statement": about.statement, "rule": rule, "verdict": MISSING}  # fmt: skip
     if evidence.empty:
         return entry
     rows = judged(claim, evidence)
@@ -312,7 +338,8 @@ def write_ledger(results: Path, profile: str) -> pd.DataFrame:
     found = ledger(results, profile)
     links = [f"[table]({quote(row.table)}), [notebook]({quote(row.notebook)})" if row.table else ""
              for row in found.itertuples()]  # fmt: skip
-    shown = found.drop(columns=["table", "notebook"]).assign(evidence=links).replace("", figures.DASH)
+    silent = ["table", "notebook", *([] if found[ENCODER].any() else [ENCODER])]
+    shown = found.drop(columns=silent).assign(evidence=links).replace("", figures.DASH)
     with write_atomically(Path(results) / profile / "claims.csv") as path:
         found.to_csv(path, index=False, lineterminator="\n")
     with write_atomically(Path(results) / profile / "claims.md") as path:

@@ -212,6 +212,27 @@ def entry(ledger: pd.DataFrame, claim: str, dataset: str = "") -> dict:
     return found
 
 
+def test_an_encoder_that_others_trained_has_rows_of_its_own(tmp_path):
+    """Neither does it decide of our models, nor they of it, in the ledger, in a notebook and after a table is read."""
+    ours, theirs = evidence("C4", "cifar10"), evidence("C4", "cifar10", {0: -3.0}).assign(encoder="vicreg-others")
+    experiment(tmp_path, "ours", {"C4": ours})
+    experiment(tmp_path, "both", {"C4": pd.concat([ours.assign(encoder=""), theirs])})
+    ledger = claims.ledger(tmp_path, "smoke")
+    found = ledger[ledger["claim"] == "C4"].set_index("encoder")["verdict"].to_dict()
+    assert found == {"": HOLDS, "vicreg-others": FAILS}
+    tables = [tmp_path / "smoke" / name / "tables/claim_c4.csv" for name in ("ours", "both")]
+    header = [path.read_text().splitlines()[0] for path in tables]
+    columns = "dataset,setting,measure,value,low,high,unit"
+    assert header == [columns, f"{columns},encoder"]
+    ruling = claims.Ruling("C4", claims.checked("C4", pd.concat([ours.assign(encoder=""), theirs]), ""))
+    assert ruling.verdicts == "cifar10: C4 holds\ncifar10, vicreg-others: C4 does not hold"
+    for shown in (ruling._repr_html_(), ruling._repr_markdown_()):
+        assert "cifar10, vicreg-others" in shown
+    assert "encoder" in ruling.rows and "encoder" not in claims.Ruling("C4", claims.checked("C4", ours, "")).rows
+    claims.write_ledger(tmp_path, "smoke")
+    assert "vicreg-others" in (tmp_path / "smoke/claims.md").read_text()
+
+
 def test_the_ledger_says_where_the_models_were_trained(tmp_path):
     folder = experiment(tmp_path, "one", {"C4": evidence("C4", "cifar10")})
     machines = {"a": {"processor": "Abacus", "cores": 2}, "b": {"gpu": "Engine"}, "c": {"gpu": "Engine"}}
