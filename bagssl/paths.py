@@ -6,6 +6,7 @@ where it has them.
 
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import secrets
@@ -41,6 +42,11 @@ def results_root() -> Path:
 def runs_root() -> Path:
     """The store of trained models: $BAGSSL_RUNS, else runs/ among the results."""
     return _folder("BAGSSL_RUNS") or results_root() / "runs"
+
+
+def command_folder() -> Path:
+    """Where the command was given: in a notebook that the batch executes $BAGSSL_FOLDER, else the working folder."""
+    return _folder("BAGSSL_FOLDER") or Path.cwd()
 
 
 def _folder(variable: str) -> Path | None:
@@ -102,6 +108,12 @@ def sweep(path: Path) -> None:
                 with open(left, "r+b") as stream:
                     if (free := hold(stream)) or (free is None and stale):
                         left.unlink()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256, in hex, of what a file holds."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bagssl.batch.stages import read_record
 from bagssl.errors import shortage
-from bagssl.paths import data_root, results_root, runs_root
+from bagssl.paths import command_folder, data_root, results_root, runs_root
 
 GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
 KERNEL_KILLED, PROCESS_KILLED = "DeadKernelError", "DeadProcess"  # the enames of what was killed, or out of memory
@@ -74,7 +74,8 @@ class Kernels:
                        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
                        "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()),
                        "BAGSSL_DATA": str(data_root()), "BAGSSL_RUNS": str(runs_root()),
-                       "BAGSSL_RESULTS": str(results_root()), **environment}  # fmt: skip
+                       "BAGSSL_RESULTS": str(results_root()), "BAGSSL_FOLDER": str(command_folder()),
+                       **environment}  # fmt: skip
         with self.lock:
             if self.stopping:
                 return {"ename": "KeyboardInterrupt", "evalue": "not started"}
