@@ -19,17 +19,20 @@ from bagssl.errors import InputError
 from bagssl.progress import progress_bar
 
 BATCH = {"cpu": 256, "cuda": 4096}  # crops: what stays in a processor's cache, what fills a GPU
+LARGE = 96  # px: of larger crops fewer at a time, or a ResNet-50's maps would take many GiB
 
 
-def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: float, size: int, seed: int = 0,
-               device: torch.device | str | None = None, batch: int | None = None,
+def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: float, size: int | None,
+               crop: float = 1.0, seed: int = 0, device: torch.device | str | None = None, batch: int | None = None,
                progress: bool = False, more: int = 0) -> dict[int, Tensor]:
     """The mean embedding of the first K of max(ks) random patches of each image, for each K in `ks`.
 
-    encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is.
+    encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is. With size None each crop
+    is shown to it in its own pixels.
     pixels: uint8 [N, 3, H, W], on any device. scale: the patches' share of the image's area. K = 0 is the centre
-    crop: the whole image, once. The patches follow from `seed` alone: bags are nested (the patches of K = 4 are the
-    first of those of K = 16) and independent of `batch`, which counts the crops embedded at a time.
+    crop: the whole image, or the share `crop` of its side, once. The patches follow from `seed` alone: bags are nested
+    (the patches of K = 4 are the first of those of K = 16) and independent of `batch`, which counts the crops embedded
+    at a time.
     device: where to embed, by default where the encoder lies. more: crops that must follow for these to be of use, see
     `budget.piece`. Returns {K: float32 [N, dim]} on the CPU.
 
@@ -40,11 +43,14 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
         raise InputError(f"K must be a list of whole numbers of at least 0, not {ks}: 0 is the centre crop")
     if not 0 < scale <= 1:
         raise InputError(f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area")
-    embed, device, batch = _prepare(encoder, pixels, device, batch, len(pixels) * max(ks))
+    height, width = pixels.shape[-2:]
+    whole = size or max(1, round(crop * min(height, width)))
+    size = size or patches.native_size(scale, height, width)
+    embed, device, batch = _prepare(encoder, pixels, device, batch, max(size, whole * (0 in ks)), len(pixels) * max(ks))
     count, most, done, bags = len(pixels), max(ks), 0, {}
     with _telling(count * (most + (0 in ks)), encoder, size, device, progress, more) as update:
         if 0 in ks:
-            bags[0] = torch.cat([embed(patches.centre_crop(part.to(device, non_blocking=True), size))
+            bags[0] = torch.cat([embed(patches.centre_crop(part.to(device, non_blocking=True), whole, crop))
                                  for part in pixels.split(batch)])
             update(done := count)
         before = 0
@@ -67,7 +73,7 @@ def patch_embeddings(encoder: nn.Module, pixels: Tensor, boxes: Tensor, size: in
 
     boxes: whole numbers [K, N, 4] (top, left, height, width); the rest as in `embed_bags`.
     """
-    embed, device, batch = _prepare(encoder, pixels, device, batch)
+    embed, device, batch = _prepare(encoder, pixels, device, batch, size)
     if boxes.ndim != 3 or boxes.shape[1:] != (len(pixels), 4) or not len(boxes):
         raise ValueError(f"boxes must be [patches, {len(pixels)}, 4] for {len(pixels)} images, not {list(boxes.shape)}")
     done, embeddings = 0, None
@@ -98,11 +104,16 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None,
+def default_batch(kind: str, size: int) -> int:
+    """Crops of `size` px embedded at a time: beyond LARGE as many as have the pixels of `BATCH` crops of that size."""
+    return max(1, int(BATCH.get(kind, BATCH["cuda"]) * min(1.0, (LARGE / size) ** 2)))
+
+
+def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None, size: int,
              total: int = 0) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
     """The function crops [M, 3, s, s] -> float32 [M, dim], the device it works on, and crops per batch.
 
-    total: how many crops are to be embedded by it.
+    size: of the largest crops; total: how many are to be embedded.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
         raise InputError(
@@ -112,7 +123,7 @@ def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | No
     if device is None:
         device = next((parameter.device for parameter in encoder.parameters()), "cpu")
     device = torch.device(device)
-    batch = BATCH.get(device.type, BATCH["cuda"]) if batch is None else batch
+    batch = default_batch(device.type, size) if batch is None else batch
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
     if device.type == "cuda":

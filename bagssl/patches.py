@@ -189,13 +189,14 @@ def crop(pixels: Tensor, boxes: Tensor, size: int, flip: Tensor | None = None, *
     return _resize_whole(patches, size)
 
 
-def centre_crop(pixels: Tensor, size: int) -> Tensor:
+def centre_crop(pixels: Tensor, size: int, share: float = 1.0) -> Tensor:
     """The whole image, or its centred square when it is not square, resized with antialiasing.
 
-    pixels: uint8 [N, 3, H, W]. Returns float32 [N, 3, size, size] in [0, 1].
+    pixels: uint8 [N, 3, H, W]; share: of the square's side, around its centre. Returns float32 [N, 3, size, size] in
+    [0, 1].
     """
     count, _, height, width = pixels.shape
-    side = min(height, width)
+    side = max(1, round(share * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
     whole = torch.empty((count, 3, size, size), device=pixels.device)
     for part in _parts(count, 3 * side * side, pixels.device):
