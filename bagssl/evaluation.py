@@ -1,5 +1,9 @@
-"""A finished run measured: bags of its embeddings, then probes; the protocol and its result stay with the run."""
+"""An encoder measured: bags of its embeddings, then probes; the protocol and its result stay with it.
 
+It is a finished run, or one that others trained (foreign.py).
+"""
+
+import copy
 import hashlib
 import itertools
 import json
@@ -12,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bagssl import budget, runs
+from bagssl import budget, intervals, patches, runs
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.devices import pick_device
 from bagssl.errors import InputError
+from bagssl.foreign import Foreign
 from bagssl.pretraining import load_encoder, load_projector
 from bagssl.probes import Accuracy, knn, linear
 from bagssl.runs import Run
@@ -29,45 +34,74 @@ LARGE, SAMPLE = 10_000, 10  # training images from which a probe takes long, and
 _recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K -> bags
 
 
-def evaluate(run: Run, train: Images, test: Images | float, ks: Sequence[int], *,
+def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequence[int], *,
              probes: Sequence[str] = ("knn", "linear"), features: Sequence[str] = ("h",),
              scale: float | Sequence[float], seed: int = 0, device: str = "auto",
              progress: bool = True) -> list[dict[str, Any]]:
-    """Accuracy of `run` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
+    """Accuracy of `model` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
     test: images, or a share of `train` to hold out, drawn at random, for a choice that must not see the test images.
-    Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at the size it
-    was trained on; of several scales, each gives a bag of K, and their means are concatenated. Returns one row per
+    Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at its size
+    (`view`); of several scales, each gives a bag of K, and their means are concatenated. Returns one row per
     feature, K and probe: accuracy, low and high in per cent, the probe's settings, and which test images were right
-    (`unpack_correct`). A protocol that was measured before on this run is read from its folder.
-    Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, or a share that leaves
-    one side without images.
+    (`unpack_correct`). A protocol that was measured before on this model is read from its folder.
+    Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, a share that leaves
+    one side without images, z of an encoder that has no projector, or patches that it does not take.
     """
     check_protocol(ks, probes, features)
     if not isinstance(test, Images):
         held_out_places(len(train), test, seed)
-    config = run.config
+    seen, scales = view(model, train.pixels), scale if isinstance(scale, Sequence) else [scale]
+    if isinstance(model, Foreign):
+        _check_foreign(model, train, test, scales if any(ks) else [], features)
     protocol = {
         "protocol": PROTOCOL, "ks": sorted(set(ks)), "probes": sorted(probes), "features": sorted(features),
-        "scale": list(scale) if isinstance(scale, Sequence) else scale, "size": config["size"], "seed": seed,
+        "scale": list(scale) if isinstance(scale, Sequence) else scale, "size": seen["size"], "seed": seed,
         "train": train.fingerprint, "test": test.fingerprint if isinstance(test, Images) else {"held_out": test},
-        "weights": run.metrics["weights_sha256"],
+        "weights": model.metrics["weights_sha256"] if isinstance(model, Run) else model.digest,
     }  # fmt: skip
-    path = _place(run, protocol)
-    if (rows := _kept(path)) is None and run.halved:  # not to be taken for what the weights themselves give
+    protocol |= {"crop": seen["crop"]} if seen["crop"] < 1 and 0 in ks else {}
+    path = _place(model, protocol)
+    if (rows := _kept(path)) is None and model.halved:  # not to be taken for what the weights themselves give
         protocol["rounded"] = "fp16"
-        path = _place(run, protocol)
+        path = _place(model, protocol)
         rows = _kept(path)
     if rows is None:
-        rows = _measure(run, train, test, protocol, pick_device(device), progress)
+        rows = _measure(model, train, test, protocol, pick_device(device), progress)
+        if isinstance(model, Foreign):
+            model.keep()
         runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
         rows = _kept(path)  # as the next call will find them
     return rows
 
 
-def _place(run: Run, protocol: dict[str, Any]) -> Path:
+def view(model: Run | Foreign, pixels: Tensor) -> dict[str, Any]:
+    """How images [N, 3, H, W] are shown to an encoder: `size` and `crop`, as `embed_bags` takes them."""
+    if isinstance(model, Run):
+        return {"size": model.config["size"], "crop": 1.0}
+    return {"size": model.size, "crop": model.crop_of(pixels)}
+
+
+def load_network(model: Run | Foreign, device: str | torch.device = "cpu") -> nn.Module:
+    """The encoder in evaluation mode: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim]."""
+    return load_encoder(model, device) if isinstance(model, Run) else copy.deepcopy(model.network).to(device)
+
+
+def _check_foreign(model: Foreign, train: Images, test: Images | float, scales: Sequence[float],
+                   features: Sequence[str]) -> None:  # fmt: skip
+    """Raises InputError for what an encoder of this kind does not have, or sizes of patches that it does not take."""
+    if "z" in features:
+        raise InputError(f"{model.name} is an encoder without a projector: it has h, and no z")
+    if model.size is None:
+        for pixels in (images.pixels[:1] for images in (train, test) if isinstance(images, Images)):
+            sides = {patches.native_size(scale, *pixels.shape[2:]) for scale in scales}
+            for side in {*sides, round(model.crop_of(pixels) * min(pixels.shape[2:]))}:
+                model.check(side)
+
+
+def _place(model: Run | Foreign, protocol: dict[str, Any]) -> Path:
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    return run.path / "evaluations" / f"{key}.json"
+    return model.path / "evaluations" / f"{key}.json"
 
 
 def _kept(path: Path) -> list[dict[str, Any]] | None:
@@ -75,6 +109,29 @@ def _kept(path: Path) -> list[dict[str, Any]] | None:
         return runs.read_json(path)["rows"]
     except (InputError, KeyError):  # not measured yet, or damaged: measure (again)
         return None
+
+
+def over_scales(model: Run | Foreign, train: Images, test: Images, ks: Sequence[int], scales: Sequence[float],
+                **protocol: Any) -> list[dict[str, Any]]:  # fmt: skip
+    """The centre crop, if 0 is among `ks`, against bags of each other K at each scale.
+
+    protocol: as of `evaluate`. Returns its rows with the `scale` of the patches, None for the centre crop, and what a
+    bag adds to the same probe on the centre crop: `gain` in points, `gain_low` and `gain_high`, paired by test image.
+    """
+    bags, rows = [k for k in ks if k], []
+    if 0 in ks:  # apart: it has no scale, and is measured once
+        rows += [{**row, "scale": None} for row in evaluate(model, train, test, [0], scale=1.0, **protocol)]
+    for scale in scales if bags else []:
+        rows += [{**row, "scale": scale} for row in evaluate(model, train, test, bags, scale=scale, **protocol)]
+    centre: dict[tuple[str, str], np.ndarray] = {}
+    for row in rows:
+        right, asked = unpack_correct(row["correct"], len(test)).astype(int), (row["probe"], row["feature"])
+        if row["scale"] is None:
+            centre[asked] = right
+        elif asked in centre:
+            gain = intervals.paired(right - centre[asked])
+            row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+    return rows
 
 
 def check_protocol(ks: Sequence[int], probes: Sequence[str], features: Sequence[str], *, bag: bool = False) -> None:
@@ -104,11 +161,11 @@ def held_out_places(images: int, share: float, seed: int) -> tuple[Tensor, Tenso
     return held, rest
 
 
-def _measure(run: Run, train: Images, test: Images | float, protocol: dict[str, Any], device: str,
+def _measure(model: Run | Foreign, train: Images, test: Images | float, protocol: dict[str, Any], device: str,
              progress: bool) -> list[dict[str, Any]]:
-    networks = {"h": load_encoder(run, device)}
+    networks = {"h": load_network(model, device)}
     if "z" in protocol["features"]:
-        networks["z"] = load_projector(run, device)
+        networks["z"] = load_projector(model, device)
 
     def embed(images: Images, seed: int, then: int = 0) -> dict[str, dict[int, Tensor]]:
         return _bags(networks, images, protocol, seed, device, progress, then)
@@ -167,14 +224,15 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
     scales, dim = scales if isinstance(scales, list) else [scales], networks["h"].dim
 
     def place(scale: float, feature: str, k: int) -> tuple:  # the whole image has no scale
-        where = (images.fingerprint, protocol["size"], seed, device, scale if k else 1)
+        where = (images.fingerprint, protocol["size"], seed, device, scale if k else protocol.get("crop", 1))
         return (protocol["weights"], protocol.get("rounded"), *where, feature, k)
 
     for scale in scales:
         if missing := [k for k in ks if any(place(scale, feature, k) not in _recent for feature in features)]:
             network = _Features(networks["h"], networks.get("z"))
-            embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"], seed=seed,
-                                  device=device, progress=progress, more=then * max(ks))  # fmt: skip
+            embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"],
+                                  crop=protocol.get("crop", 1.0), seed=seed, device=device, progress=progress,
+                                  more=then * max(ks))  # fmt: skip
             for (k, bag), feature in itertools.product(embedded.items(), networks):
                 _recent[place(scale, feature, k)] = (bag[:, :dim] if feature == "h" else bag[:, dim:]).contiguous()
     bags = {feature: {k: torch.cat([_recent[place(scale, feature, k)] for scale in scales], dim=1) for k in ks}

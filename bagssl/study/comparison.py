@@ -14,6 +14,7 @@ from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import DoesNotFit, InputError, check_choice
 from bagssl.evaluation import evaluate, unpack_correct
+from bagssl.foreign import Foreign
 from bagssl.objectives import OBJECTIVES
 from bagssl.paths import copy_folder, results_root
 from bagssl.pretraining import pretrain
@@ -60,14 +61,21 @@ def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any)
     return trained
 
 
-def measure_all(trained: Sequence[Run], train: Images, test: Images, ks: Sequence[int],
+def measure_all(trained: Sequence[Run | Foreign], train: Images, test: Images, ks: Sequence[int],
                 **protocol: Any) -> pd.DataFrame:
-    """One row per run, K, probe and feature, as from `evaluate` by its `protocol`, with its arm, seed and crops."""
+    """One row per run, K, probe and feature, as from `evaluate` by its `protocol`, with its arm, seed and crops.
+
+    An encoder that others trained stands under its name, as training "foreign" of seed 0; its crops are not known.
+    """
     rows = []
     for run in trained:
-        config = run.config
-        name = "none" if config["training"] == "untrained" else config["objective"]
-        arm = {"objective": name, "training": config["training"], "seed": config["seed"], "crops": run.metrics["crops"]}
+        if isinstance(run, Foreign):
+            arm = {"objective": run.name, "training": "foreign", "seed": 0, "crops": None}
+        else:
+            config = run.config
+            name = "none" if config["training"] == "untrained" else config["objective"]
+            arm = {"objective": name, "training": config["training"], "seed": config["seed"],
+                   "crops": run.metrics["crops"]}  # fmt: skip
         rows += [{**arm, **row} for row in evaluate(run, train, test, ks, **protocol)]
     return pd.DataFrame(rows)
 
@@ -175,7 +183,7 @@ def sentences(reading: pd.DataFrame) -> str:
     return "\n".join([f"Differences in points of accuracy, with the {interval}:", "", *lines])
 
 
-def provenance(output: Path, trained: Sequence[Run], images: Mapping[str, Images],
+def provenance(output: Path, trained: Sequence[Run | Foreign], images: Mapping[str, Images],
                parameters: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """What made the results, as a table; the records of the runs (all but their weights) are copied to output/runs."""
     for run in trained:
