@@ -45,6 +45,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def size(text: str) -> int:
     """Bytes: 15MiB, 16MB, 500KiB, 1GiB, or a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(i?)B)?", text.strip())
@@ -143,6 +150,52 @@ def pretrain(arguments: argparse.Namespace) -> None:
     print(os.path.relpath(run.path))
 
 
+def evaluate(arguments: argparse.Namespace) -> None:
+    from bagssl import data, evaluation, foreign, words
+    from bagssl.parameters import conform
+    from bagssl.study import sizes
+
+    ks, scales, probes = (conform(f"--{name}", getattr(arguments, name), kind) for name, kind in
+                          (("ks", "list[int]"), ("scales", "list[float]"), ("probes", "list[str]")))
+    evaluation.check_protocol(ks, probes, ["h"])
+    if arguments.csv and os.path.isdir(arguments.csv):
+        raise InputError(f"--csv {arguments.csv} is a folder: name a file")
+    encoder = foreign.find(arguments.encoder, **{name: getattr(arguments, name) for name in words.OPTIONS})
+    train, test = (sizes.sample(data.load(arguments.dataset, split), f"--{split}-images", count)
+                   for split, count in (("train", arguments.train_images), ("test", arguments.test_images)))
+    sizes.check_scales("--scales", scales, train)
+    sizes.check_probes(train, probes)
+    if isinstance(encoder, foreign.Foreign):
+        print(encoder, file=sys.stderr, flush=True)
+    rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes)
+    about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
+             "test_images": len(test)}  # fmt: skip
+    if arguments.csv:
+        write_csv(arguments.csv, [{**about, **row} for row in rows])
+    print(f"{about['encoder']}, kept in {os.path.relpath(encoder.path)}", file=sys.stderr)
+    print(table([("SHOWN", "K", "PROBE", "ACCURACY", "FROM", "TO", "GAIN", "FROM", "TO"), *map(shown, rows)]))
+
+
+def shown(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of `evaluation.over_scales` as text: per cent and points, each with the ends of its interval."""
+    what = "centre crop" if row["scale"] is None else f"scale {row['scale']:g}"
+    gain = [f"{row[name]:+.2f}" if name in row else "" for name in ("gain", "gain_low", "gain_high")]
+    return what, str(row["k"]), row["probe"], *(f"{row[name]:.2f}" for name in ("accuracy", "low", "high")), *gain
+
+
+def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    import csv
+
+    from bagssl.paths import write_atomically
+
+    columns = ("encoder", "dataset", "train_images", "test_images", "scale", "k", "probe", "feature", "accuracy", "low",
+               "high", "gain", "gain_low", "gain_high")  # fmt: skip
+    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def runs_list(arguments: argparse.Namespace) -> None:
     from bagssl.overview import row
     from bagssl.runs import list_runs
@@ -230,6 +283,26 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", help="a whole number")
     options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
     options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
+
+    options = command("evaluate", evaluate, "Measure any encoder: the centre crop against bags of patches. ENCODER is "
+                      "torchvision:NAME[@WEIGHTS], timm:NAME, a file of weights with --arch, or a run's key, name or "
+                      "folder; what was measured is kept, and not measured again.")  # fmt: skip
+    options.add_argument("encoder", help="one word; options may follow after commas, FILE.pth,arch=nets:make,size=32")
+    options.add_argument("--dataset", required=True, help="a name from `bagssl data list`")
+    options.add_argument("--ks", default="0,1,16,64", help="patches in a bag; 0 is the centre crop (0,1,16,64)")
+    options.add_argument("--scales", default="0.2,0.4", help="of patches, shares of the image's area (0.2,0.4)")
+    options.add_argument("--probes", default="knn,linear", help="knn, linear or both (knn,linear)")
+    options.add_argument("--arch", help="of a file: torchvision:NAME, timm:NAME, bagssl:NAME, or MODULE:FUNCTION, code "
+                         "of your own that is imported from this folder")  # fmt: skip
+    options.add_argument("--width", help="of bagssl:NAME (64)")
+    options.add_argument("--normalise", help="what it takes: imagenet, cifar10, cifar100, half, none, or three means "
+                         "and three deviations, 0.5/0.5/0.5/0.2/0.2/0.2")  # fmt: skip
+    options.add_argument("--size", help="side in pixels at which patches are shown to it, or native: each at its own")
+    options.add_argument("--pool", help="features, as the network does itself (default); mean, cls: of tokens")
+    options.add_argument("--crop", help="share of the image's side in the centre crop (as the makers of the weights)")
+    options.add_argument("--train-images", type=number, default=0, metavar="N", help="drawn at random; 0: all")
+    options.add_argument("--test-images", type=number, default=0, metavar="N", help="drawn at random; 0: all")
+    options.add_argument("--csv", metavar="FILE", help="write the table there as well")
 
     options = command("runs", None, "List trained models, and carry them from one machine to another.")
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)

@@ -84,6 +84,14 @@ WRONG = [
     ("pretrain --set epocs=1", "did you mean 'epochs'"),
     ("pretrain --seed 1 --set seed=2", "given twice"),
     ("notebooks 99_none.ipynb", "99_none.ipynb"),
+    ("evaluate --dataset synthetic", "encoder"),
+    ("evaluate torchvision:resnet18", "--dataset"),
+    ("evaluate resnet18 --dataset synthetic", "'resnet18' is no encoder"),
+    ("evaluate torchvision:resnet19 --dataset synthetic", "unknown network of torchvision 'resnet19'"),
+    ("evaluate m.pth --dataset synthetic", "arch is needed"),
+    ("evaluate m.pth,arch=nets:net --arch nets:net --dataset synthetic", "arch is given twice"),
+    ("evaluate m.pth --arch nets:net --dataset synthetic", "m.pth is not there"),
+    ("evaluate m.pth --train-images few --dataset synthetic", "--train-images"),
 ]
 
 
@@ -349,7 +357,7 @@ def test_help_and_version_need_no_torch():
 try: c.main(sys.argv[1:])
 except SystemExit: pass
 assert 'torch' not in sys.modules"""
-    for words in (["--version"], ["reproduce", "--help"], ["data", "--help"]):
+    for words in (["--version"], ["reproduce", "--help"], ["data", "--help"], ["evaluate", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False,
                               cwd=Path(bagssl.__file__).parent.parent)
         assert done.returncode == 0 and not done.stderr and done.stdout

@@ -239,6 +239,7 @@ ARGUMENTS = st.lists(st.sampled_from([
     "reproduce", "list", "report", "data", "get", "add", "check", "pretrain", "bench", "notebooks", "tour", "cifar10",
     "synthetic", "--set", "--profile", "smoke", "paper", "--jobs", "2", "--time-limit", "9m", "--fresh", "--bare",
     "--dataset", "--objective", "tcr", "--seed", "epochs=1", "seeds=[0, 1]", "--quick", "--help", "--version", "-h",
+    "evaluate", "m.pth", "m.pth,arch=nets:net", "torchvision:resnet18", "--arch", "--size", "--ks", "--csv",
     "--", "-1", "="]) | WORDS | st.text(max_size=5), max_size=6)  # fmt: skip
 
 
@@ -249,7 +250,8 @@ def test_a_command_ends_with_a_code_of_its_own_and_one_line(words):
     with contextlib.ExitStack() as stack:  # whatever takes long, or the network, is taken as done
         begins = InputError("this is where the work would begin")
         for work in ("batch.reproduce.reproduce", "batch.reproduce.reproduce_bare", "batch.report.write_report",
-                     "batch.reproduce.refresh_notebooks", "bench.bench", "pretraining.pretrain", "trees._download"):
+                     "batch.reproduce.refresh_notebooks", "bench.bench", "pretraining.pretrain", "trees._download",
+                     "foreign.load"):
             stack.enter_context(mock.patch(f"bagssl.{work}", side_effect=begins))
         stack.enter_context(contextlib.redirect_stderr(said))
         stack.enter_context(contextlib.redirect_stdout(shown))

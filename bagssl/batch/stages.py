@@ -11,11 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bagssl import catalogue
+from bagssl import catalogue, words
 from bagssl.batch.experiments import Experiment
 from bagssl.errors import InputError, nearest
 from bagssl.parameters import conform, notebook_cells, notebook_parameters
-from bagssl.paths import results_root
+from bagssl.paths import file_hash, results_root
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DECIDE_NOTHING = frozenset({"bench", "cli.py", "batch"})  # in a notebook
@@ -69,6 +69,13 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
             if fetch:
                 raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
             fingerprints[dataset] = (read_record(folder / "status.json").get("data") or {}).get(dataset, "")
+    for word in words.join(settings.get("encoders") or []):  # of the models that others trained, the files
+        try:
+            fingerprints[word] = words.fingerprint(word)
+        except InputError as error:
+            if fetch:
+                raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
+            fingerprints[word] = (read_record(folder / "status.json").get("data") or {}).get(word, "")
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in notebook_cells(experiment.notebook)]
     everything = {"parameters": settings, "notebook": cells, "package": package_hash(), "data": fingerprints}
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
@@ -105,13 +112,8 @@ def package_hash(folder: Path = _PACKAGE, without: frozenset[str] = _DECIDE_NOTH
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.suffix in {".py", ".csv", ".j2"} and name.parts[0] not in without:
-            digest.update(f"{name.as_posix()}\0{_file_hash(path)}\n".encode())
+            digest.update(f"{name.as_posix()}\0{file_hash(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def state(stage: Stage) -> str:
@@ -119,7 +121,7 @@ def state(stage: Stage) -> str:
     status = read_record(stage.folder / "status.json")
     with contextlib.suppress(OSError):
         if status.get("key") == stage.key and all(
-                _file_hash(stage.folder / name) == value for name, value in status["files"].items()):
+                file_hash(stage.folder / name) == value for name, value in status["files"].items()):
             return "fresh"
     if stage.beside("failed").exists():
         return read_record(stage.beside("failed") / "status.json").get("state", "failed")
@@ -128,7 +130,7 @@ def state(stage: Stage) -> str:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Every file of a result folder -> SHA-256; but status.json, which holds them, and pages, made from notebooks."""
-    return {path.relative_to(folder).as_posix(): _file_hash(path) for path in sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "status.json" and path.suffix != ".html"}
 
 
