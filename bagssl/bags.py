@@ -1,4 +1,4 @@
-"""A bag: the mean embedding of K patches of an image, for all K in one pass over the patches.
+"""A bag: the mean embedding of K patches of an image (or the largest), for all K in one pass over the patches.
 
 Nothing is resized but what the encoder's input asks for, and nothing is coloured: evaluation sees pixels as they are.
 """
@@ -15,16 +15,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bagssl import budget, patches
 from bagssl.devices import COMPILE_FROM
-from bagssl.errors import InputError
+from bagssl.errors import InputError, check_choice
 from bagssl.progress import progress_bar
 
 BATCH = {"cpu": 256, "cuda": 4096}  # crops: what stays in a processor's cache, what fills a GPU
+POOLS = ("mean", "max")
 LARGE = 96  # px: of larger crops fewer at a time, or a ResNet-50's maps would take many GiB
 
 
 def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: float, size: int | None,
-               crop: float = 1.0, seed: int = 0, device: torch.device | str | None = None, batch: int | None = None,
-               progress: bool = False, more: int = 0) -> dict[int, Tensor]:
+               crop: float = 1.0, pool: str = "mean", seed: int = 0, device: torch.device | str | None = None,
+               batch: int | None = None, progress: bool = False, more: int = 0) -> dict[int, Tensor]:
     """The mean embedding of the first K of max(ks) random patches of each image, for each K in `ks`.
 
     encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is. With size None each crop
@@ -32,7 +33,7 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
     pixels: uint8 [N, 3, H, W], on any device. scale: the patches' share of the image's area. K = 0 is the centre
     crop: the whole image, or the share `crop` of its side, once. The patches follow from `seed` alone: bags are nested
     (the patches of K = 4 are the first of those of K = 16) and independent of `batch`, which counts the crops embedded
-    at a time.
+    at a time. pool: `mean`, or `max` for the largest of each coordinate.
     device: where to embed, by default where the encoder lies. more: crops that must follow for these to be of use, see
     `budget.piece`. Returns {K: float32 [N, dim]} on the CPU.
 
@@ -43,6 +44,7 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
         raise InputError(f"K must be a list of whole numbers of at least 0, not {ks}: 0 is the centre crop")
     if not 0 < scale <= 1:
         raise InputError(f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area")
+    check_choice("pool", pool, POOLS)
     height, width = pixels.shape[-2:]
     whole = size or max(1, round(crop * min(height, width)))
     size = size or patches.native_size(scale, height, width)
@@ -53,17 +55,25 @@ def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: 
             bags[0] = torch.cat([embed(patches.centre_crop(part.to(device, non_blocking=True), whole, crop))
                                  for part in pixels.split(batch)])
             update(done := count)
-        before = 0
+        before = None
         for images, start, h in _chunks(embed, pixels, _boxes(pixels, most, scale, seed), size, device, batch):
-            total = h.cumsum(dim=0) + (before if start else 0)
+            total = _pooled(h, pool, before if start else None)
             before = total[-1]
             for k in ks:
                 if start < k <= start + len(h):
                     if k not in bags:
                         bags[k] = torch.empty(count, h.shape[2], device=h.device)
-                    bags[k][images] = total[k - start - 1] / k
+                    bags[k][images] = total[k - start - 1] / (k if pool == "mean" else 1)
             update(done := done + h.shape[0] * h.shape[1])
     return {k: bags[k].cpu() for k in ks}  # but for the first batch's check, the only wait for the device
+
+
+def _pooled(h: Tensor, pool: str, before: Tensor | None) -> Tensor:
+    """Of embeddings [patches, images, dim] the sums, or the largest, of all up to each patch and of those before."""
+    if pool == "mean":
+        return h.cumsum(dim=0) + (0 if before is None else before)
+    largest = h.cummax(dim=0).values
+    return largest if before is None else torch.maximum(largest, before)
 
 
 def patch_embeddings(encoder: nn.Module, pixels: Tensor, boxes: Tensor, size: int, *,

@@ -20,7 +20,7 @@ from bagssl import budget, intervals, patches, runs
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.devices import pick_device
-from bagssl.errors import InputError
+from bagssl.errors import InputError, check_choice
 from bagssl.foreign import Foreign
 from bagssl.pretraining import load_encoder, load_projector
 from bagssl.probes import Accuracy, knn, linear
@@ -28,6 +28,8 @@ from bagssl.runs import Run
 
 PROBES = {"knn": knn, "linear": linear}
 FEATURES = ("h", "z")
+BESIDE = "with centre crop"
+POOLS = ("mean", "max", BESIDE)
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
 LARGE, SAMPLE = 10_000, 10  # training images from which a probe takes long, and what share of them tells how long
@@ -36,19 +38,21 @@ _recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K
 
 def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequence[int], *,
              probes: Sequence[str] = ("knn", "linear"), features: Sequence[str] = ("h",),
-             scale: float | Sequence[float], seed: int = 0, device: str = "auto",
+             scale: float | Sequence[float], pool: str = "mean", seed: int = 0, device: str = "auto",
              progress: bool = True) -> list[dict[str, Any]]:
     """Accuracy of `model` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
     test: images, or a share of `train` to hold out, drawn at random, for a choice that must not see the test images.
     Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at its size
-    (`view`); of several scales, each gives a bag of K, and their means are concatenated. Returns one row per
+    (`view`); of several scales, each gives a bag of K, and their means are concatenated. pool: `mean`, `max` (see
+    `embed_bags`), or `with centre crop`: the centre crop beside the mean, in one longer vector. Returns one row per
     feature, K and probe: accuracy, low and high in per cent, the probe's settings, and which test images were right
     (`unpack_correct`). A protocol that was measured before on this model is read from its folder.
     Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, a share that leaves
     one side without images, z of an encoder that has no projector, or patches that it does not take.
     """
     check_protocol(ks, probes, features)
+    check_choice("pool", pool, POOLS)
     if not isinstance(test, Images):
         held_out_places(len(train), test, seed)
     seen, scales = view(model, train.pixels), scale if isinstance(scale, Sequence) else [scale]
@@ -60,7 +64,8 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
         "train": train.fingerprint, "test": test.fingerprint if isinstance(test, Images) else {"held_out": test},
         "weights": model.metrics["weights_sha256"] if isinstance(model, Run) else model.digest,
     }  # fmt: skip
-    protocol |= {"crop": seen["crop"]} if seen["crop"] < 1 and 0 in ks else {}
+    protocol |= {"pool": pool} if pool != "mean" else {}
+    protocol |= {"crop": seen["crop"]} if seen["crop"] < 1 and (0 in ks or pool == BESIDE) else {}
     path = _place(model, protocol)
     if (rows := _kept(path)) is None and model.halved:  # not to be taken for what the weights themselves give
         protocol["rounded"] = "fp16"
@@ -222,21 +227,26 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
     """
     ks, features, scales = protocol["ks"], protocol["features"], protocol["scale"]
     scales, dim = scales if isinstance(scales, list) else [scales], networks["h"].dim
+    pool, beside = "max" if protocol.get("pool") == "max" else "mean", protocol.get("pool") == BESIDE
 
     def place(scale: float, feature: str, k: int) -> tuple:  # the whole image has no scale
-        where = (images.fingerprint, protocol["size"], seed, device, scale if k else protocol.get("crop", 1))
+        where = (images.fingerprint, protocol["size"], seed, device, (scale, pool) if k else protocol.get("crop", 1))
         return (protocol["weights"], protocol.get("rounded"), *where, feature, k)
 
     for scale in scales:
-        if missing := [k for k in ks if any(place(scale, feature, k) not in _recent for feature in features)]:
+        wanted = [*ks, *[0] * (beside and 0 not in ks)]
+        if missing := [k for k in wanted if any(place(scale, feature, k) not in _recent for feature in features)]:
             network = _Features(networks["h"], networks.get("z"))
             embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"],
-                                  crop=protocol.get("crop", 1.0), seed=seed, device=device, progress=progress,
-                                  more=then * max(ks))  # fmt: skip
+                                  crop=protocol.get("crop", 1.0), pool=pool, seed=seed, device=device,
+                                  progress=progress, more=then * max(ks))  # fmt: skip
             for (k, bag), feature in itertools.product(embedded.items(), networks):
                 _recent[place(scale, feature, k)] = (bag[:, :dim] if feature == "h" else bag[:, dim:]).contiguous()
-    bags = {feature: {k: torch.cat([_recent[place(scale, feature, k)] for scale in scales], dim=1) for k in ks}
-            for feature in features}  # fmt: skip
+    def side_by_side(feature: str, k: int) -> Tensor:
+        whole = [_recent[place(scales[0], feature, 0)]] if beside and k else []
+        return torch.cat([*whole, *(_recent[place(scale, feature, k)] for scale in scales)], dim=1)
+
+    bags = {feature: {k: side_by_side(feature, k) for k in ks} for feature in features}
     while sum(bag.nbytes for bag in _recent.values()) > RECENT:
         _recent.pop(next(iter(_recent)))
     return bags

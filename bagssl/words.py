@@ -16,7 +16,7 @@ Options follow after commas, and say what the library does not know or what is t
                 that are at least as large as its size, and all of smaller ones
     width       of bagssl: networks
 
-A relative path, and MODULE, are those of the folder where the command is given.
+A relative path, and MODULE, are those of the folder where the command is given; what is not there, of the checkout.
 """
 
 import re
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bagssl.errors import InputError, check_choice
-from bagssl.paths import command_folder, file_hash
+from bagssl.paths import command_folder, file_hash, home
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar", ".ckpt", ".bin")
 POOLS = ("features", "mean", "cls")
@@ -49,8 +49,15 @@ def is_file(source: str) -> bool:
 
 
 def located(source: str) -> Path:
-    """The file or folder of that name, from the folder on where the command is given."""
-    return command_folder() / Path(source).expanduser()
+    """The file or folder of that name, from the folder on where the command is given, or else from the checkout on."""
+    places = [folder / Path(source).expanduser() for folder in (command_folder(), home())]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def absent(words: Sequence[str]) -> Path | None:
+    """The first file of weights among those that the words name which is not there."""
+    files = [located(source) for source, _ in (parse(word, {}) for word in join(words)) if is_file(source)]
+    return next((file for file in files if not file.is_file()), None)
 
 
 def parse(word: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from unittest import mock
 
 from filelock import Timeout
 
-from bagssl import catalogue
+from bagssl import catalogue, words
 from bagssl.batch.experiments import choose, load_experiments, order_of_worth
 from bagssl.batch.kernels import PROCESS_KILLED, Board, Kernels, sigterm_as_ctrl_c
 from bagssl.batch.notebook import error_line, run_cells
@@ -84,9 +84,11 @@ def reproduce(names: Sequence[str] = (), profile: str = "smoke", overrides: Mapp
 def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | None, notebooks: Path | None,
             results: Path | None = None) -> list[Stage]:  # fmt: skip
     chosen = choose(load_experiments(notebooks), names, profile)
-    for experiment in chosen:
-        resolve(experiment, profile, overrides or {})  # all of them, before any data is fetched
-    return [plan(experiment, profile, overrides, results=results) for experiment in chosen]
+    given = {each.name: resolve(each, profile, overrides or {}) for each in chosen}  # all, before any data is fetched
+    absent = {name: file for name, each in given.items() if (file := words.absent(each.get("encoders") or []))}
+    for name, file in absent.items() if not names else ():
+        print(f"{name}: left out, {file} is not here", flush=True)
+    return [plan(each, profile, overrides, results=results) for each in chosen if names or each.name not in absent]
 
 
 def _run_all(works: Mapping[str, Callable[..., Outcome]], jobs: int, deadline: float = math.inf) -> dict[str, int]:

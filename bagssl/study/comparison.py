@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bagssl import intervals, runs
+from bagssl import foreign, intervals, runs
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import DoesNotFit, InputError, check_choice
@@ -19,7 +19,9 @@ from bagssl.objectives import OBJECTIVES
 from bagssl.paths import copy_folder, results_root
 from bagssl.pretraining import pretrain
 from bagssl.runs import Run
+from bagssl.words import join
 
+UNTRAINED = "-untrained-seed0"  # how `foreign.load` calls a network of random weights
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
 
 
@@ -61,21 +63,43 @@ def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any)
     return trained
 
 
+def others(words: Sequence[str], images: Images, **options: Any) -> list[tuple[Run | Foreign, Run | Foreign]]:
+    """Each encoder that a word names, see words.py, and its network with random weights, as a control.
+
+    Of a run of ours the control is the untrained run of its configuration, found or made as by `pretrain`. Raises
+    InputError for a word that names no encoder, or one named twice.
+    """
+    found = foreign.find_all(words)
+    return [(model, foreign.load(word, untrained=0) if isinstance(model, Foreign) else
+             pretrain(PretrainConfig.from_dict({**model.config, "training": "untrained"}), images, **options))
+            for word, model in zip(join(words), found, strict=True)]  # fmt: skip
+
+
+def label(model: Run | Foreign) -> str:
+    """A model's name in tables: its objective, `none` for random weights; of others' encoders their own name."""
+    if isinstance(model, Foreign):
+        return model.name.removesuffix(UNTRAINED) + ", untrained" * model.name.endswith(UNTRAINED)
+    return "none" if model.config["training"] == "untrained" else model.config["objective"]
+
+
+def seed(model: Run | Foreign) -> int:
+    """The seed of a run; 0 for an encoder that others trained."""
+    return 0 if isinstance(model, Foreign) else model.config["seed"]
+
+
 def measure_all(trained: Sequence[Run | Foreign], train: Images, test: Images, ks: Sequence[int],
                 **protocol: Any) -> pd.DataFrame:
     """One row per run, K, probe and feature, as from `evaluate` by its `protocol`, with its arm, seed and crops.
 
-    An encoder that others trained stands under its name, as training "foreign" of seed 0; its crops are not known.
+    The objective is `label`'s. An encoder that others trained is of training "foreign"; its crops are not known.
     """
     rows = []
     for run in trained:
-        if isinstance(run, Foreign):
-            arm = {"objective": run.name, "training": "foreign", "seed": 0, "crops": None}
-        else:
-            config = run.config
-            name = "none" if config["training"] == "untrained" else config["objective"]
-            arm = {"objective": name, "training": config["training"], "seed": config["seed"],
-                   "crops": run.metrics["crops"]}  # fmt: skip
+        arm = {"objective": label(run), "training": "foreign", "seed": seed(run), "crops": None}
+        if isinstance(run, Run):
+            arm |= {"training": run.config["training"], "crops": run.metrics["crops"]}
+        elif run.name.endswith(UNTRAINED):
+            arm["training"] = "untrained"
         rows += [{**arm, **row} for row in evaluate(run, train, test, ks, **protocol)]
     return pd.DataFrame(rows)
 

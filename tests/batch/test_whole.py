@@ -217,3 +217,24 @@ def test_tables_of_imported_runs_are_those_of_the_original_to_the_byte_with_and_
     looked = tables(tmp_path, LOOK, tmp_path / "none", monkeypatch)
     assert looked == {**original, "code": 2}
     assert "has no weights: copy weights.safetensors from" in capsys.readouterr().err
+
+
+def test_without_names_what_others_trained_is_left_out_where_its_file_is_not_here(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell("encoders: list[str] = []\ndataset: str = 'synthetic'\n",
+                                       metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("1 + 1")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "n.ipynb")
+    words = {"ours": [], "theirs": ["theirs.pth,arch=torchvision:resnet18"]}
+    entries = {name: {"artefact": "none", "notebook": "n.ipynb",
+                      "profiles": {"smoke": {"cost": "1 s", "parameters": {"encoders": each}}}}
+               for name, each in words.items()}  # fmt: skip
+    (tmp_path / "notebooks/experiments.yaml").write_text(yaml.safe_dump(entries))
+    assert reproduce.reproduce_bare([], notebooks=tmp_path / "notebooks") == 0
+    said = capsys.readouterr().out
+    assert f"theirs: left out, {tmp_path / 'theirs.pth'} is not here" in said and "[1/1] ours: done" in said
+    with pytest.raises(InputError, match=r"theirs.pth is not there: give a file of weights"):
+        reproduce.reproduce_bare(["theirs"], notebooks=tmp_path / "notebooks")
+    (tmp_path / "theirs.pth").touch()
+    assert reproduce.reproduce_bare([], notebooks=tmp_path / "notebooks") == 0
+    assert "[2/2] theirs: done" in capsys.readouterr().out
