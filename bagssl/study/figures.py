@@ -65,7 +65,7 @@ def formulas(axis: Axis) -> None:
 
 def colour(objective: str, training: str = "patch-based") -> str:
     """The colour of an objective, the same in every figure; grey for what is untrained."""
-    if training == "untrained" or objective == "none":
+    if training == "untrained" or objective == "none" or objective.endswith("untrained"):
         return GREY
     return COLOURS.get(objective) or OTHERS[sum(objective.encode()) % len(OTHERS)]
 
@@ -341,7 +341,7 @@ def gain_figure(frame: pd.DataFrame) -> Figure:
 
     frame: columns objective, representation, accuracy; the first representation is the line's start.
     """
-    markers = dict(zip(frame["representation"].unique(), "osD^", strict=False))
+    markers = dict(zip(frame["representation"].unique(), "osD^vP", strict=False))
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * frame["objective"].nunique()))
     for row, (objective, rows) in enumerate(frame.groupby("objective", sort=False)):
         tint, values = colour(objective), rows.set_index("representation")["accuracy"]
