@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bagssl import budget, patches
+from bagssl.data import Pixels
 from bagssl.devices import COMPILE_FROM
 from bagssl.errors import InputError, check_choice
 from bagssl.progress import progress_bar
@@ -23,14 +24,14 @@ POOLS = ("mean", "max")
 LARGE = 96  # px: of larger crops fewer at a time, or a ResNet-50's maps would take many GiB
 
 
-def embed_bags(encoder: nn.Module, pixels: Tensor, ks: Sequence[int], *, scale: float, size: int | None,
+def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: float, size: int | None,
                crop: float = 1.0, pool: str = "mean", seed: int = 0, device: torch.device | str | None = None,
                batch: int | None = None, progress: bool = False, more: int = 0) -> dict[int, Tensor]:
     """The mean embedding of the first K of max(ks) random patches of each image, for each K in `ks`.
 
     encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is. With size None each crop
     is shown to it in its own pixels.
-    pixels: uint8 [N, 3, H, W], on any device. scale: the patches' share of the image's area. K = 0 is the centre
+    pixels: uint8 [N, 3, H, W], wherever they lie. scale: the patches' share of the image's area. K = 0 is the centre
     crop: the whole image, or the share `crop` of its side, once. The patches follow from `seed` alone: bags are nested
     (the patches of K = 4 are the first of those of K = 16) and independent of `batch`, which counts the crops embedded
     at a time. pool: `mean`, or `max` for the largest of each coordinate.
@@ -76,7 +77,7 @@ def _pooled(h: Tensor, pool: str, before: Tensor | None) -> Tensor:
     return largest if before is None else torch.maximum(largest, before)
 
 
-def patch_embeddings(encoder: nn.Module, pixels: Tensor, boxes: Tensor, size: int, *,
+def patch_embeddings(encoder: nn.Module, pixels: Pixels, boxes: Tensor, size: int, *,
                      device: torch.device | str | None = None, batch: int | None = None,
                      progress: bool = False) -> Tensor:
     """The embedding of each of K boxes in each image, as float32 [K, N, dim] on the CPU.
@@ -119,7 +120,7 @@ def default_batch(kind: str, size: int) -> int:
     return max(1, int(BATCH.get(kind, BATCH["cuda"]) * min(1.0, (LARGE / size) ** 2)))
 
 
-def _prepare(encoder: nn.Module, pixels: Tensor, device: torch.device | str | None, batch: int | None, size: int,
+def _prepare(encoder: nn.Module, pixels: Pixels, device: torch.device | str | None, batch: int | None, size: int,
              total: int = 0) -> tuple[Callable[[Tensor], Tensor], torch.device, int]:
     """The function crops [M, 3, s, s] -> float32 [M, dim], the device it works on, and crops per batch.
 
@@ -174,7 +175,7 @@ def _telling(crops: int, encoder: nn.Module, size: int, device: torch.device, pr
         yield update
 
 
-def _boxes(pixels: Tensor, count: int, scale: float, seed: int) -> Tensor:
+def _boxes(pixels: Pixels, count: int, scale: float, seed: int) -> Tensor:
     """Boxes [count, N, 4] of all images, drawn patch by patch: as small numbers, a quarter of the memory."""
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.empty(count, len(pixels), 4, dtype=torch.int16)
@@ -183,7 +184,7 @@ def _boxes(pixels: Tensor, count: int, scale: float, seed: int) -> Tensor:
     return boxes
 
 
-def _chunks(embed: Callable[[Tensor], Tensor], pixels: Tensor, boxes: Tensor, size: int, device: torch.device,
+def _chunks(embed: Callable[[Tensor], Tensor], pixels: Pixels, boxes: Tensor, size: int, device: torch.device,
             batch: int) -> Iterator[tuple[slice, int, Tensor]]:
     """Which images, the first patch, and the embeddings [patches, images, dim] of a chunk of at most `batch` crops.
 

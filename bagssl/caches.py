@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bagssl.catalogue import FORMAT, SPLITS, cache, one_line, refusal
+from bagssl import shards
+from bagssl.catalogue import FORMAT, SPLITS, cache, index_of, one_line, refusal
 from bagssl.data import blocks, check, fingerprint
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
@@ -46,22 +47,26 @@ def sound(name: str, root: Path | None) -> dict[str, str] | None:
 
 
 def store(name: str, splits: Mapping[str, tuple[Tensor, Tensor]], classes: tuple[str, ...], source: str,
-          root: Path | None, force: bool, old: dict[str, str] | None) -> str:  # fmt: skip
+          root: Path | None, force: bool, old: dict[str, str] | None, skipped: int = 0) -> str:  # fmt: skip
     """Write the cache of {split: (pixels, labels)}, of which the `old` fingerprints are known; a line on what was done.
 
-    The images are left where they lie, and written in their canonical order. Raises InputError, leaving the cache as
-    it was, when it holds others and `force` is not given, or when it cannot be written.
+    The images are left where they lie, and written in their canonical order. skipped: how many could not be read.
+    Raises InputError, leaving the cache as it was, when it holds others and `force` is not given, or when it cannot be
+    written.
     """
     path, orders = cache(name, root), {split: canonical(*splits[split]) for split in SPLITS}
     new = {split: fingerprint(*splits[split], classes, orders[split]) for split in SPLITS}
     if old == new:
         return one_line(f"{name} is already in {path} with the same content: nothing to do")
     if old and not force:
-        raise refusal(f"{path} holds other images: choose another name, or replace them by --force")
+        where = index_of(name, root).parent if index_of(name, root).is_file() else path
+        raise refusal(f"{where} holds other images: choose another name, or replace them by --force")
     about = {"format": FORMAT, "name": name, "classes": list(classes), "source": source} | new
+    about |= {"skipped": skipped} if skipped else {}
     try:
         with write_atomically(path) as temporary:
             _write(temporary, splits, orders, {"bagssl": json.dumps(about)})
+        shards.drop(name, root)
     except OSError as error:
         raise refusal(f"{path} cannot be written ({error}): free the disk, or set BAGSSL_DATA") from error
     counts = " and ".join(f"{len(splits[split][1]):,} {split}" for split in SPLITS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from bagssl.errors import InputError, shortage
 from bagssl.paths import data_root
 
 SPLITS = ("train", "test")
-FORMAT = "bagssl-images-1"
+FORMAT, SHARDED = "bagssl-images-1", "bagssl-shards-1"  # of a cache or a shard, of the index of shards
+INDEX = "index.json"
+SHARDED_FROM = 2**31  # bytes of pixels from which a dataset is written as shards, and not held in memory
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 
@@ -48,15 +51,15 @@ MADE = {"synthetic": {"classes": 10, "size": "32×32", "splits": {
 
 
 def available(name: str, root: Path | None = None) -> bool:
-    """Whether `name` is embedded or has a cache; `check` says whether that is sound."""
-    return name in EMBEDDED or (is_name(name) and cache(name, root).is_file())
+    """Whether `name` is embedded, or has a cache or shards; `check` says whether these are sound."""
+    return name in EMBEDDED or (is_name(name) and (cache(name, root).is_file() or index_of(name, root).is_file()))
 
 
 def names(root: Path | None = None) -> list[str]:
     """The datasets that are known by name, then those that were added to this root."""
     known = [*EMBEDDED, *CIFAR]
-    added = (path.stem for path in root_of(root).glob("*.safetensors") if is_name(path.stem))
-    return known + sorted(set(added) - set(known))
+    places = [*root_of(root).glob("*.safetensors"), *(index.parent for index in root_of(root).glob(f"*/{INDEX}"))]
+    return known + sorted({path.stem for path in places if is_name(path.stem)} - set(known))
 
 
 def status(root: Path | None = None) -> list[dict]:
@@ -75,13 +78,20 @@ def _about(name: str, root: Path | None) -> dict:
         return row | {"state": "embedded", "source": "built in"}
     if available(name, root):
         try:
-            with opened(cache(name, root), name, "np") as (file, about):
-                shapes = {split: file.get_slice(f"{split}_pixels").get_shape() for split in SPLITS}
+            about, shapes = _read(name, root)
         except InputError:
             return row | {"state": "damaged"}
         row |= {"state": "ready", "classes": len(about["classes"]), "source": about["source"]}
         row |= {split: shape[0] for split, shape in shapes.items()} | {"size": "{2}×{3}".format(*shapes["train"])}
     return row
+
+
+def _read(name: str, root: Path | None) -> tuple[dict, dict[str, list[int]]]:
+    """What the header of a dataset says, and the shape of its splits."""
+    if about := sharded(name, root):
+        return about, {split: [about["splits"][split]["images"], 3, *about["size"]] for split in SPLITS}
+    with opened(cache(name, root), name, "np") as (file, about):
+        return about, {split: file.get_slice(f"{split}_pixels").get_shape() for split in SPLITS}
 
 
 def recorded(name: str, root: Path | None = None) -> dict[str, str] | None:
@@ -94,8 +104,46 @@ def recorded(name: str, root: Path | None = None) -> dict[str, str] | None:
         return {split: digest for split, (_, digest) in MADE[name]["splits"].items()} if name in MADE else None
     if not available(name, root):
         raise absent(name, root)
+    if about := sharded(name, root):
+        return {split: about["splits"][split]["fingerprint"] for split in SPLITS}
     with opened(cache(name, root), name, "np") as (_, about):
         return {split: about[split] for split in SPLITS}
+
+
+def sharded(name: str, root: Path | None = None, complete: bool = True) -> dict | None:
+    """The index of a dataset in shards: format, name, classes, source, size (height and width), skipped (pictures that
+    could not be read), splits: {split: images, fingerprint, shards: [file, bytes, sha256, labels]}, labels being
+    [[label, images], ...], and sha256, its own. None where there is no index, which else counts before a cache.
+
+    Raises InputError when it is damaged, and where it is to be `complete` when a shard is missing or was cut short;
+    what is in the shards `data.check` reads.
+    """
+    path = index_of(name, root)
+    if not path.is_file():
+        return None
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] != SHARDED:
+            raise damaged(path, name, f"its format is {about['format']}, not {SHARDED}")
+        if about["sha256"] != digest_of(about):
+            raise damaged(path, name, "it is not what was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise damaged(path, name, error) from error
+    for shard in (shard for split in SPLITS for shard in about["splits"][split]["shards"] if complete):
+        place, found = path.with_name(shard["file"]), None
+        with contextlib.suppress(OSError):
+            found = place.stat().st_size
+        if found != shard["bytes"]:
+            raise damaged(place, name, "it is missing" if found is None else f"{found:,} of {shard['bytes']:,} bytes")
+    return about
+
+
+def digest_of(about: dict) -> str:
+    """The SHA-256, in hex, of an index, but for that itself."""
+    text = json.dumps({key: value for key, value in about.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def absent(name: str, root: Path | None) -> InputError:
@@ -137,6 +185,11 @@ def is_name(name: str) -> bool:
 def cache(name: str, root: Path | None) -> Path:
     """The file of a dataset that was added, below `root` or else $BAGSSL_DATA, whether it is there or not."""
     return root_of(root) / f"{name}.safetensors"
+
+
+def index_of(name: str, root: Path | None) -> Path:
+    """The index of a dataset that lies in shards, beside them, whether it is there or not."""
+    return root_of(root) / name / INDEX
 
 
 def root_of(root: Path | None) -> Path:

@@ -122,7 +122,8 @@ def data_add(arguments: argparse.Namespace) -> None:
     from bagssl import trees
 
     print(trees.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force,
-                    follow_links=arguments.follow_links))
+                    follow_links=arguments.follow_links, classes=arguments.classes,
+                    skip_unreadable=arguments.skip_unreadable))
 
 
 def data_check(arguments: argparse.Namespace) -> None:
@@ -272,6 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("name")
     options.add_argument("path", help="the folder that holds train/ and test/; an .npz file; CIFAR's published archive")
     options.add_argument("--size", type=positive, help="resize to this side in pixels")
+    options.add_argument("--classes", metavar="FILE", help="only the classes that this text names, one a line")
+    options.add_argument("--skip-unreadable", action="store_true", help="leave out, and count, what cannot be read")
     options.add_argument("--follow-links", action="store_true", help="also those that lead out of the folder")
     options.add_argument("--force", action="store_true", help="replace a dataset of this name")
     command("check", data_check, "Recompute the SHA-256 of a cached dataset.", actions).add_argument("name")

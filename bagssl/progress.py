@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 
 @contextmanager
-def progress_bar(total: int, done: int, label: str, enabled: bool = True) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(total: int, done: int, label: str, enabled: bool = True,
+                 unit: str = "crops") -> Iterator[Callable[[int, str], None]]:
     """Yield `update(done, note)`. Without a terminal or a notebook (a log file) nothing is printed."""
     if not enabled or total <= 0:
         yield lambda done, note="": None
     elif in_notebook():
         yield from _in_notebook(total, done, label)
     else:
-        bar = tqdm(total=total, initial=done, desc=label, unit=" crops", unit_scale=True, dynamic_ncols=True,
+        bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True,
                    leave=False, mininterval=0.5, disable=None)  # fmt: skip
 
         def update(done: int, note: str = "") -> None:

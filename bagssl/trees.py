@@ -1,36 +1,35 @@
 """Pictures on disk or in the network become datasets: class-folder trees, arrays, CIFAR's published archives.
 
 All that comes in is checked before a cache is written: an image that cannot be read, a link that leads out of the
-tree, a part of CIFAR under the name of the whole are an `InputError`, one line that says what to do.
+tree, a part of CIFAR under the name of the whole are an `InputError`, one line that says what to do. A tree of more
+pictures than memory should hold is written as shards, by shards.py.
 """
 
 import contextlib
+import math
 import os
 import socket
 import tarfile
 import tempfile
-import unicodedata
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bagssl import arrays, pictures
+from bagssl import arrays, catalogue, layouts, pictures, shards
 from bagssl.caches import blank, sound, store
 from bagssl.catalogue import CIFAR, EMBEDDED, SPLITS, cache, how_to_add, is_name, one_line, refusal
 from bagssl.errors import InputError
+from bagssl.layouts import WANTED, Folder
 from bagssl.paths import cores, sweep
 
 SIZES = range(8, 1025)  # what --size may be, in pixels
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
-_NOT_IMAGES = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what file managers leave behind; dot files as well
 
 
 def get(name: str, root: Path | None = None, force: bool = False) -> str:
@@ -56,18 +55,42 @@ def get(name: str, root: Path | None = None, force: bool = False) -> str:
 
 
 def add(name: str, path: Path | str, size: int | None = None, root: Path | None = None, force: bool = False,
-        follow_links: bool = False) -> str:  # fmt: skip
+        follow_links: bool = False, classes: Path | str | None = None, skip_unreadable: bool = False) -> str:
     """Read a class-folder tree, an .npz file, or the published archive of CIFAR, into the cache of `name`.
 
-    A tree is train/<class>/<image> and test/<class>/<image>; where there is no test, the second split may be called
-    val, as ImageNet's is. Links that lead out of it are followed only with `follow_links`. Images may have any format
-    that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its upper 8 bits, transparency is laid over white,
-    and the orientation in EXIF is applied. Of .npz files see arrays.py; the archive of cifar10 or cifar100 may be
+    Of trees see layouts.py; links that lead out of one are followed only with `follow_links`, and a file of `classes`
+    names those to take. Images may have any format that Pillow opens; they become 8-bit RGB: 16-bit greyscale keeps its
+    upper 8 bits, transparency is laid over white, and the orientation in EXIF is applied. Those that cannot be read are
+    refused, or with `skip_unreadable` left out. Of .npz files see arrays.py; the archive of cifar10 or cifar100 may be
     packed or unpacked. With `size` the centred square is resampled (bicubic, antialiased) to size×size px; without, all
-    images must have one size. cifar10 and cifar100 must be complete. Returns one line that says what was done; the same
-    content twice changes nothing, and other content replaces a sound cache only with `force`. Raises InputError,
-    leaving the cache as it was, on what is not so.
+    images must have one size. cifar10 and cifar100 must be complete. A tree of `catalogue.SHARDED_FROM` bytes of pixels
+    and more becomes shards, and its large JPEGs are then decoded at a reduced scale (see `pictures.read`). Returns one
+    line that says what was done; the same content twice changes nothing, and other content replaces a sound cache only
+    with `force`. Raises InputError, leaving the cache as it was, on what is not so.
     """
+    _check_question(name, size)
+    path, said = Path(os.path.realpath(os.path.expanduser(path))), ""
+    try:
+        if not path.is_file() and not path.is_dir():
+            raise refusal(f"{path} is not a folder, nor a file that can be read: {WANTED}")
+        if path.is_dir() and not (name in CIFAR and not (path / "train").is_dir() and _unpacked(name, path)):
+            found = layouts.find(path, follow_links, None if classes is None else Path(os.path.expanduser(classes)))
+            return _add_tree(name, path, found, None if name in CIFAR else size, root, force, skip_unreadable)
+        if classes is not None or skip_unreadable:
+            raise refusal(f"--classes and --skip-unreadable go with class folders, and {path} is none: leave them out")
+        old = sound(name, root)
+        if arrays.is_npz(path):
+            known = CIFAR[name][0] if name in CIFAR else None
+            splits, names, said = arrays.read(path, None if name in CIFAR else size, known)
+            source = f"arrays {path}"
+        else:
+            splits, names, source = _published(name, path, root), CIFAR[name][0], f"published archive {path}"
+    except OSError as error:
+        raise refusal(f"{path} cannot be read ({error}): give what you may read") from error
+    return _store(name, splits, names, source, root, force, old) + said
+
+
+def _check_question(name: str, size: int | None) -> None:
     if name in EMBEDDED:
         raise refusal(f"the name {name} belongs to embedded data: choose another")
     if not is_name(name):
@@ -76,107 +99,47 @@ def add(name: str, path: Path | str, size: int | None = None, root: Path | None 
         raise refusal(f"--size is {size!r}: give a whole number of pixels from {SIZES[0]} to {SIZES[-1]}")
     if name in CIFAR and size not in (None, 32):
         raise refusal(f"{name} has images of 32×32 px: leave --size out, or add it under another name")
-    path, said = Path(os.path.realpath(os.path.expanduser(path))), ""
-    try:
-        if not path.is_file() and not path.is_dir():
-            raise refusal(f"{path} is not a folder, nor a file that can be read: {_WANTED}")
-        old = sound(name, root)
-        if arrays.is_npz(path):
-            known = CIFAR[name][0] if name in CIFAR else None
-            splits, classes, said = arrays.read(path, None if name in CIFAR else size, known)
-            source = f"arrays {path}"
-        elif path.is_file() or name in CIFAR and not (path / "train").is_dir() and _unpacked(name, path):
-            splits, classes, source = _published(name, path, root), CIFAR[name][0], f"published archive {path}"
-        else:
-            splits, classes = _tree(name, path, None if name in CIFAR else size, follow_links)
-            source = f"class folders {path}"
-    except OSError as error:
-        raise refusal(f"{path} cannot be read ({error}): give what you may read") from error
+
+
+def _store(name: str, splits: Mapping[str, tuple[Tensor, Tensor]], classes: tuple[str, ...], source: str,
+           root: Path | None, force: bool, old: dict[str, str] | None, skipped: int = 0) -> str:  # fmt: skip
+    """As `caches.store`, when CIFAR is found to be what its name says."""
     _check_cifar(name, classes, {split: splits[split][1].bincount(minlength=len(classes)).tolist() for split in SPLITS})
     if name in CIFAR and splits["train"][0].shape[1:] != (3, 32, 32):
-        raise refusal(f"{name} has images of 32×32 px, {path} has others: add it under another name")
-    return store(name, splits, classes, one_line(source), root, force, old) + said
+        raise refusal(f"{name} has images of 32×32 px, {source} has others: add it under another name")
+    return store(name, splits, classes, one_line(source), root, force, old, skipped)
 
 
 # Class folders
 
-_WANTED = "give a folder with train/<class>/ and test/<class>/ in it, or an .npz file"
 
-
-def _tree(name: str, tree: Path, size: int | None, follow_links: bool) -> tuple[dict, tuple[str, ...]]:
-    """{split: (pixels uint8 [N, 3, H, W], labels int64 [N])} and the classes of a class-folder tree."""
-    files, classes = _files(tree, follow_links)
-    counts = {split: [len(inside) for inside in files[split]] for split in SPLITS}
+def _add_tree(name: str, tree: Path, found: tuple[Mapping[str, Sequence[Folder]], tuple[str, ...]], size: int | None,
+              root: Path | None, force: bool, skip: bool) -> str:  # fmt: skip
+    """Add what `layouts.find` has found in a tree, as one file or as shards; see `add`."""
+    (files, classes), source = found, f"class folders {tree}"
+    counts = {split: [len(folder.names) for folder in files[split]] for split in SPLITS}
     _check_cifar(name, classes, counts)  # before an hour's reading
-    pixels = _decode([path for split in SPLITS for inside in files[split] for path in inside], size)
-    labels = [torch.from_numpy(np.repeat(np.arange(len(classes)), counts[split])) for split in SPLITS]
-    return dict(zip(SPLITS, zip(pixels.split([len(each) for each in labels]), labels, strict=True))), classes
+    first, sides = _first((folder.path / each for split in SPLITS for folder in files[split] for each in folder.names),
+                          size)  # fmt: skip
+    if name not in CIFAR and 3 * math.prod(sides) * sum(map(sum, counts.values())) >= catalogue.SHARDED_FROM:
+        return shards.add(name, found, source, size, sides, root, force, skip)
+    old = sound(name, root)
+    paths = [folder.path / each for split in SPLITS for folder in files[split] for each in folder.names]
+    pixels, wrong = _decode(paths, size, first, sides)
+    said = pictures.skip_unreadable([(str(paths[i].relative_to(tree)), str(fault)) for i, fault in wrong.items()],
+                                    pictures.listing(name, root), skip)  # fmt: skip
+    splits = _splits(pixels, wrong, counts, classes)
+    return _store(name, splits, classes, source, root, force, old, len(wrong)) + said
 
 
-def _files(tree: Path, follow_links: bool) -> tuple[dict[str, list[list[Path]]], tuple[str, ...]]:
-    """The files of each class (in order) in each split, and the classes."""
-    places = _places(tree)
-    for place in places.values():
-        _check_link(place, tree, follow_links)
-    folders = {split: _entries(place, tree, follow_links) for split, place in places.items()}
-    for entry in [*folders["train"], *folders["test"]]:
-        if not entry.is_dir():
-            raise refusal(f"{entry} lies outside the class folders: move it into one, or away")
-    train, test = ({_composed(entry): entry for entry in folders[split]} for split in SPLITS)
-    for split, classes in (("train", train), ("test", test)):
-        if twice := [entry for entry in folders[split] if classes[_composed(entry)] != entry]:
-            raise refusal(f"{places[split]} has the class {_composed(twice[0])!r} twice, in two spellings: merge them")
-    for alone, there, lacking in ((train.keys() - test, "train", "test"), (test.keys() - train, "test", "train")):
-        if alone:
-            raise refusal(f"the class {min(alone)!r} is in {places[there]} but not in {places[lacking]}")
-    folders = {"train": [train[name] for name in sorted(train)], "test": [test[name] for name in sorted(test)]}
-    if len(train) < 2:
-        raise refusal(f"{places['train']} has fewer than two class folders, {len(train)}: a dataset needs two or more")
-    files = {split: [_entries(folder, tree, follow_links) for folder in folders[split]] for split in SPLITS}
-    for split in SPLITS:
-        for folder, inside in zip(folders[split], files[split]):
-            if not inside:
-                raise refusal(f"{folder} has no images")
-            for file in inside:
-                if not file.is_file():
-                    what = "is no file" if file.is_dir() else "is no file but a device or a pipe"
-                    raise refusal(f"{file} {what}: images lie directly in their class folder")
-    return files, tuple(sorted(train))
-
-
-def _places(tree: Path) -> dict[str, Path]:
-    """The folders of the two splits: train and test, or val in its place, in small letters or capitals."""
-    found = {entry.name.lower(): entry for entry in sorted(tree.iterdir()) if entry.is_dir() or entry.is_symlink()}
-    second = next((name for name in ("test", "val", "valid", "validation") if name in found), "test")
-    for name in ("train", second):
-        if name not in found:
-            raise refusal(f"{tree} has no folder {name}: {_WANTED}")
-    return {"train": found["train"], "test": found[second]}
-
-
-def _composed(folder: Path) -> str:
-    """The name of a class, one code for each letter: macOS writes é as two."""
-    return unicodedata.normalize("NFC", folder.name)
-
-
-def _entries(folder: Path, tree: Path, follow_links: bool) -> list[Path]:
-    """What lies in a folder, by name, without dot files."""
-    found = [entry for entry in sorted(folder.iterdir())
-             if not entry.name.startswith(".") and entry.name not in _NOT_IMAGES]  # fmt: skip
-    for entry in found:
-        _check_link(entry, tree, follow_links)
-    return found
-
-
-def _check_link(entry: Path, tree: Path, follow_links: bool) -> None:
-    """A link leads to something, and only where that is asked for out of the tree."""
-    if entry.is_symlink():
-        try:
-            target = Path(os.path.realpath(entry, strict=True))
-        except OSError as error:
-            raise refusal(f"{entry} is a link that leads nowhere ({error.strerror}): mend or remove it") from error
-        if not follow_links and not target.is_relative_to(tree):
-            raise refusal(f"{entry} links out of the tree: put the files themselves there, or give --follow-links")
+def _first(paths: Iterable[Path], size: int | None) -> tuple[Path | None, tuple[int, int]]:
+    """Height and width that `size` gives the pictures; or else the first which can be read, and those that it has."""
+    if size is not None:
+        return None, (size, size)
+    with pictures.strict():
+        images = ((path, pictures.read(path, None)) for path in paths)
+        return next(((path, image.shape[1:]) for path, image in images if not isinstance(image, InputError)),
+                    (None, (1, 1)))  # fmt: skip
 
 
 def _check_cifar(name: str, classes: tuple[str, ...], found: Mapping[str, Sequence[int]]) -> None:
@@ -197,45 +160,50 @@ def _check_cifar(name: str, classes: tuple[str, ...], found: Mapping[str, Sequen
                               f"of {label!r}: add it under another name")
 
 
-def _decode(paths: Sequence[Path], size: int | None) -> Tensor:
-    """The pixels of every file, uint8 [N, 3, H, W]."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)  # of odd EXIF data
-        images = ((path, pictures.read(path, size)) for path in paths)
-        first, image = next(((path, image) for path, image in images if not isinstance(image, InputError)), ("", None))
-        pixels = blank(len(paths), *(image.shape[1:] if image is not None else (1, 1)))
-        wrong = _fill(pixels.numpy(), paths, size, first)
-    if wrong:
-        named = [str(path.relative_to(path.parents[2])) for path, _ in wrong[1:6]]
-        others = ", ".join([*named, *["..."] * (len(wrong) > 6)])
-        more = f", nor can {len(wrong) - 1} more ({others})" if others else ""
-        raise refusal(f"{wrong[0][1]}{more}: replace or remove {'them' if more else 'it'}")
-    return pixels
+def _decode(paths: Sequence[Path], size: int | None, first: Path | None,
+            sides: tuple[int, int]) -> tuple[Tensor, dict[int, InputError]]:  # fmt: skip
+    """The pixels of every file, uint8 [N, 3, H, W], and why those at some places cannot be read. Of `_first`: the rest.
 
+    Raises InputError when the pictures are of two sizes.
+    """
+    pixels = blank(len(paths), *sides)
+    places, wrong = pixels.numpy(), {}
 
-def _fill(pixels: np.ndarray, paths: Sequence[Path], size: int | None, first: Path) -> list[tuple[Path, InputError]]:
-    """Decode every file into its place; those that cannot be read. first: one that gave the pixels their shape."""
     def put(i: int) -> InputError | tuple[int, ...] | None:
         image = pictures.read(paths[i], size)
         if isinstance(image, InputError):
             return image
-        if image.shape != pixels.shape[1:]:
+        if image.shape != places.shape[1:]:
             return image.shape
-        pixels[i] = image
+        places[i] = image
 
-    wrong: list[tuple[Path, InputError]] = []
-    with (tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar,
+    with (pictures.strict(), tqdm(total=len(paths), desc="reading images", unit="image", disable=None) as bar,
           ThreadPool(min(8, cores())) as pool):  # Pillow decodes outside the interpreter's lock
-        for path, fault in zip(paths, pool.imap(put, range(len(paths)), chunksize=16)):
+        for i, fault in enumerate(pool.imap(put, range(len(paths)), chunksize=16)):
             bar.update()
             if isinstance(fault, InputError):
-                wrong.append((path, fault))
+                wrong[i] = fault
             elif fault:
-                ours, other = ("{2}×{1}".format(*shape) for shape in (pixels.shape[1:], fault))
-                raise refusal(f"images of two sizes, {first} with {ours} px and {path} with {other} px: "
+                ours, other = ("{1}×{0}".format(*each) for each in (sides, fault[1:]))
+                raise refusal(f"images of two sizes, {first} with {ours} px and {paths[i]} with {other} px: "
                               "give --size to bring them to one")
-    return wrong
+    return pixels, wrong
+
+
+def _splits(pixels: Tensor, wrong: Mapping[int, InputError], counts: Mapping[str, Sequence[int]],
+            classes: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Pixels and labels of each split, without those that could not be read: the others move up, in their memory."""
+    kept = np.ones(len(pixels), bool)
+    kept[list(wrong)] = False
+    for place, i in enumerate(kept.nonzero()[0].tolist() if wrong else ()):
+        pixels[place] = pixels[i]
+    splits, start, filled = {}, 0, 0
+    for split in SPLITS:
+        labels = np.repeat(np.arange(len(classes)), counts[split])
+        labels, start = torch.from_numpy(labels[kept[start : start + len(labels)]]), start + len(labels)
+        pictures.check_left(classes, split, labels.bincount(minlength=len(classes)).tolist())
+        splits[split], filled = (pixels[filled : filled + len(labels)], labels), filled + len(labels)
+    return splits
 
 
 # What was published of CIFAR
@@ -284,7 +252,7 @@ def _unpacked(name: str, folder: Path) -> Path | None:
 def _published(name: str, path: Path, root: Path | None) -> dict[str, tuple[Tensor, Tensor]]:
     """The splits of a published archive, packed or unpacked. Nothing in it is opened before its MD5 is found right."""
     if name not in CIFAR:
-        raise refusal(f"{path} is not a folder, nor an .npz file: {_WANTED}")
+        raise refusal(f"{path} is not a folder, nor an .npz file: {WANTED}")
     from torchvision.datasets.utils import check_integrity  # slow, as in `_kind`
 
     kind = _kind(name)

@@ -47,7 +47,8 @@ def aggregation(machine: Machine) -> Iterator[dict]:
 
 def _whole(machine: Machine, encoder: nn.Module, k: int, size: int) -> Iterator[dict]:
     """A dataset's bags from start to end, compilation counted: seconds, and the share of the machine's own rate."""
-    pixels = torch.cat([machine.train.pixels, machine.test.pixels])[: machine.size["whole"]]
+    most = machine.size["whole"]
+    pixels = torch.cat([images.pixels[:most] for images in (machine.train, machine.test)])[:most]
     by = machine.race({"": product(machine)})[""]
     count, seconds = timed(embed_patches(machine, encoder, pixels, k, size))
     rate = count * flops(machine.config(size), backward=False) / seconds
