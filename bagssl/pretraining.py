@@ -1,12 +1,12 @@
 """Pre-training: the one loop, from a configuration and images to a run.
 
-The life of a crop. A dataset lies on the device as uint8 pixels. For each step `train` takes the next images of the
-epoch's order, and seeds a generator anew. From it `Learner.step` draws boxes and colours for `views` patches of each
-image (`patches.draw`); cut, resized and coloured (`patches.apply`) they are patches [V, B, 3, s, s]. The encoder embeds
-each as h [V, B, dim]; the projector, and beside an averaged network the predictor, maps h to z [V, B, D] (`Model`). The
-objective makes named terms of z; their `loss` goes back through the networks, and the optimiser takes a step at the
-rate of the schedule. Around that, `_Record` keeps the history and the checkpoint, and at the end writes the run. Later
-bags.py averages h over the patches of an image.
+The life of a crop. A dataset lies on the device as uint8 pixels, or is fed to it (feeding.py). For each step `train`
+takes the next images of the epoch's order, and seeds a generator anew. From it `Learner.step` draws boxes and colours
+for `views` patches of each image (`patches.draw`); cut, resized and coloured (`patches.apply`) they are patches [V, B,
+3, s, s]. The encoder embeds each as h [V, B, dim]; the projector, and beside an averaged network the predictor, maps h
+to z [V, B, D] (`Model`). The objective makes named terms of z; their `loss` goes back through the networks, and the
+optimiser takes a step at the rate of the schedule. Around that, `_Record` keeps the history and the checkpoint, and at
+the end writes the run. Later bags.py averages h over the patches of an image.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from bagssl.data import Images
 from bagssl.devices import pick_compiled, pick_device, pick_precision
 from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projector, embedding_dim
 from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.feeding import feed
 from bagssl.objectives import OBJECTIVES, Terms, spread
 from bagssl.optimisers import build_optimiser
 from bagssl.patches import augment
@@ -65,7 +67,7 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
     with runs.locked(run, deadline):
         if not run.finished:  # it may have been finished while we waited
             runs.reopen(run)
-            learner = Learner(config, images.pixels, device, pick_precision(precision, device), compiled)
+            learner = Learner(config, device, pick_precision(precision, device), compiled)
             train(learner, images, run, deadline, checkpoint_every, progress)
     return run
 
@@ -100,16 +102,15 @@ def _projector(config: PretrainConfig) -> nn.Module:
 
 
 class Learner:
-    """All that a step changes or looks at: pixels, networks and optimiser, on one device.
+    """All that a step changes or looks at but pixels: networks and optimiser, on one device.
 
     compiled: see `devices.pick_compiled`.
     """
 
-    def __init__(self, config: PretrainConfig, pixels: Tensor, device: torch.device, dtype: torch.dtype, compiled: str):
+    def __init__(self, config: PretrainConfig, device: torch.device, dtype: torch.dtype, compiled: str):
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # no shape changes from step to step
         self.config, self.device, self.dtype, self.compiled = config, device, dtype, compiled
-        self.pixels = pixels.to(device)
         self.augmentation, self.generator = config.augmentation(), torch.Generator(device)
         self.model = build_model(config).to(device, memory_format=torch.channels_last).train()
         self.objective, self.teacher = OBJECTIVES[config.objective], None
@@ -121,14 +122,14 @@ class Learner:
         self.embed, self.embed_target = (torch.compile(net) if whole and net is not None else net
                                          for net in (self.model, self.teacher))  # fmt: skip
 
-    def step(self, batch: Tensor, rate: float | Tensor, momentum: float | Tensor) -> Terms:
-        """One step on the images `batch`, int64 [B]: the named terms of the loss, and `spread`, see objectives.py.
+    def step(self, pixels: Tensor, rate: float | Tensor, momentum: float | Tensor) -> Terms:
+        """One step on images, uint8 [B, 3, H, W]: the named terms of the loss, and `spread`, see objectives.py.
 
         The patches follow from the state of `generator`. rate: of the optimiser; momentum: of the teacher;
         numbers, or tensors without dimension on the device, which a CUDA graph reads anew each time.
         """
         config = self.config
-        patches = augment(self.pixels[batch], config.views, self.augmentation, self.generator, self.colour)
+        patches = augment(pixels, config.views, self.augmentation, self.generator, self.colour)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.embed(patches)
             with torch.no_grad():
@@ -194,16 +195,17 @@ class _Replayed:
 
     def __init__(self, learner: Learner):
         self.learner, self.stream, self.graph, self.calls = learner, torch.cuda.Stream(), None, 0
-        self.batch = torch.empty(learner.config.batch_size, dtype=torch.int64, device=learner.device)
+        self.pixels: Tensor | None = None  # where the graph reads them
         self.rate, self.momentum = torch.empty(2, device=learner.device).unbind()
 
-    def __call__(self, batch: Tensor, rate: float, momentum: float) -> Terms:
-        self.batch.copy_(batch), self.rate.fill_(rate), self.momentum.fill_(momentum)
+    def __call__(self, pixels: Tensor, rate: float, momentum: float) -> Terms:
+        self.pixels = torch.empty_like(pixels) if self.pixels is None else self.pixels
+        self.pixels.copy_(pixels), self.rate.fill_(rate), self.momentum.fill_(momentum)
         self.calls += 1
         if self.calls <= self.EAGER:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):  # that it is not captured
-                terms = self.learner.step(self.batch, self.rate, self.momentum)
+                terms = self.learner.step(self.pixels, self.rate, self.momentum)
             torch.cuda.current_stream().wait_stream(self.stream)
             return terms
         if self.graph is None:
@@ -216,7 +218,7 @@ class _Replayed:
         self.graph.register_generator_state(self.learner.generator)
         try:
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.terms = self.learner.step(self.batch, self.rate, self.momentum)
+                self.terms = self.learner.step(self.pixels, self.rate, self.momentum)
         except RuntimeError as error:  # an objective that waits for the device, perhaps
             raise InputError(f"the step cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): "
                              "set BAGSSL_COMPILE=none") from error
@@ -228,24 +230,21 @@ class _Replayed:
 def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf, checkpoint_every: float = 60.0,
           progress: bool = True) -> None:
     """Take the steps of `run` that are left, and finish its record; see `pretrain` for what may stop it."""
-    config, order = learner.config, None
+    config = learner.config
     per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
     crops = config.crops_per_step
     record = _Record(learner, run, steps, per_epoch)
     resumed, cost = record.step, (*(getattr(config, name) for name in _COST), learner.dtype, learner.compiled)
     take_step = _Replayed(learner) if "graphs" in learner.compiled else learner.step
+    places = partial(_batches, config, len(images), resumed)
     with (_signals() as stop, progress_bar(steps * crops, resumed * crops, config.label, progress) as bar,
-          budget.piece(config.label, cost, (steps - resumed) * crops) as told):  # fmt: skip
-        while record.step < steps:
-            epoch, position = divmod(record.step, per_epoch)
-            if order is None or position == 0:
-                shuffled = torch.Generator().manual_seed(_seed(config.seed, ORDER, epoch))
-                order = torch.randperm(len(images), generator=shuffled).to(learner.device, non_blocking=True)
-            batch = order[position * config.batch_size :][: config.batch_size]
+          budget.piece(config.label, cost, (steps - resumed) * crops) as told,
+          feed(images.pixels, places, learner.device) as batches):  # fmt: skip
+        for pixels in batches:
             # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
             learner.generator.manual_seed(_seed(config.seed, DRAWS, record.step))
             rate = learning_rate_at(record.step, steps, config)
-            terms = take_step(batch, rate, teacher_momentum_at(record.step, steps, config))
+            terms = take_step(pixels, rate, teacher_momentum_at(record.step, steps, config))
             if means := record.add(terms, rate):
                 bar(record.step * crops, f"loss {means['loss']:.3f}")
             if stop or time.monotonic() > deadline:
@@ -259,6 +258,17 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
         record.finish(images)
         if stop:  # asked for when there was no step left to stop at
             raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
+
+
+def _batches(config: PretrainConfig, count: int, step: int, device: torch.device) -> Iterator[Tensor]:
+    """The places of the images of each step, from `step` on, among `count`: int64 [B]; each epoch has its order."""
+    per_epoch, order = count // config.batch_size, None
+    for at in range(step, config.steps(count)):
+        epoch, position = divmod(at, per_epoch)
+        if order is None or position == 0:
+            shuffled = torch.Generator().manual_seed(_seed(config.seed, ORDER, epoch))
+            order = torch.randperm(count, generator=shuffled).to(device, non_blocking=True)
+        yield order[position * config.batch_size :][: config.batch_size]
 
 
 class _Record:

@@ -107,7 +107,7 @@ def on_meta(images, monkeypatch):
         recipe = {"size": 8, "width": 8, "batch_size": 16, "epochs": 2, "optimiser": "sgd", "weight_decay": 1e-4}
         config, few = PretrainConfig.from_dict({**recipe, **settings}), images.take(torch.arange(16))
         with copies:
-            learner = Learner(config, few.pixels, torch.device("meta"), torch.float32, "none")
+            learner = Learner(config, torch.device("meta"), torch.float32, "none")
             pretraining.train(learner, few, None, math.inf, 1e9, False)
         return copies.waited
 
@@ -159,29 +159,30 @@ def test_no_step_waits_for_a_gpu(images, tmp_path, monkeypatch, optimiser):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _learner(images, device="cpu", compiled="none", **settings):
+def _learner(device="cpu", compiled="none", **settings):
     config = PretrainConfig(**{**TINY, "optimiser": "lars", "learning_rate": 0.3, **settings})
-    return Learner(config, images.pixels, torch.device(device), torch.float32, compiled)
+    return Learner(config, torch.device(device), torch.float32, compiled)
 
 
 @pytest.mark.parametrize("settings", [
     {"optimiser": "lars", "lars_clip": True}, {"optimiser": "lars", "objective": "byol"}, {"optimiser": "adamw"}])
 def test_rates_may_be_tensors_as_a_graph_needs_them(images, settings):
-    numbers, tensors = (_learner(images, **settings) for _ in range(2))
+    numbers, tensors = (_learner(**settings) for _ in range(2))
     for step, (rate, decay) in enumerate([(0.1, 0.9), (0.3, 0.95), (0.01, 1.0)]):
         for learner, kind in ((numbers, float), (tensors, torch.tensor)):
             learner.generator.manual_seed(step)
-            learner.step(torch.arange(16), kind(rate), kind(decay))
+            learner.step(images.pixels[:16], kind(rate), kind(decay))
     for network in ("model", "teacher") if "objective" in settings else ("model",):
         pairs = zip(*(getattr(learner, network).parameters() for learner in (numbers, tensors)), strict=True)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
     # negative control: another rate in one step shows
     tensors.generator.manual_seed(3), numbers.generator.manual_seed(3)
-    tensors.step(torch.arange(16), torch.tensor(0.1), torch.tensor(0.9)), numbers.step(torch.arange(16), 0.11, 0.9)
+    tensors.step(images.pixels[:16], torch.tensor(0.1), torch.tensor(0.9))
+    numbers.step(images.pixels[:16], 0.11, 0.9)
     assert not torch.allclose(numbers.model.encoder.conv1.weight, tensors.model.encoder.conv1.weight, atol=1e-6)
 
 
-def _step_by_step(plain, other, take_step, steps=8):
+def _step_by_step(pixels, plain, other, take_step, steps=8):
     """The largest relative difference of a step's loss, and of its change of the weights, each from the same state.
 
     Over several steps nothing could be compared: a GPU adds in an order that differs, and training magnifies that
@@ -204,7 +205,8 @@ def _step_by_step(plain, other, take_step, steps=8):
     for step in range(steps):
         match()
         before, after, losses = flat(plain), [], []
-        batch = torch.randperm(len(plain.pixels), generator=torch.Generator().manual_seed(step))[:16].to(plain.device)
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(step))
+        batch = pixels[order[:16]].to(plain.device)
         for learner, take in ((plain, plain.step), (other, take_step)):
             learner.generator.manual_seed(step)
             losses.append(take(batch, plain.config.learning_rate / (step + 1), 0.5 + step / 100)["loss"].item())
@@ -224,16 +226,16 @@ GRAPHED = [*({"objective": each, "training": "multi-scale", "blur": 0.5, "solari
 @pytest.mark.parametrize("settings", GRAPHED)
 def test_a_graph_takes_the_steps_that_it_captured(images, monkeypatch, settings):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    plain, graphed = (_learner(images, "cuda", compiled, **settings) for compiled in ("none", "graphs"))
-    loss, change = _step_by_step(plain, graphed, pretraining._Replayed(graphed))
+    plain, graphed = (_learner("cuda", compiled, **settings) for compiled in ("none", "graphs"))
+    loss, change = _step_by_step(images.pixels, plain, graphed, pretraining._Replayed(graphed))
     assert loss < 1e-4 and change < 2e-2
 
 
 @pytest.mark.parametrize("settings", GRAPHED)
 def test_what_a_graph_might_get_wrong_would_show(images, settings):
     """The comparison of graphs tried on a CPU: nothing apart from equal steps, and each fault far above its bounds."""
-    plain, other = (_learner(images, **settings) for _ in range(2))
-    assert _step_by_step(plain, other, other.step) == (0, 0)
+    plain, other = (_learner(**settings) for _ in range(2))
+    assert _step_by_step(images.pixels, plain, other, other.step) == (0, 0)
     first = []
 
     def stale(which):  # what a graph does that has kept the value of an early step
@@ -245,13 +247,13 @@ def test_what_a_graph_might_get_wrong_would_show(images, settings):
 
     for which in range(3 if plain.teacher is not None else 2):
         first.clear()
-        assert max(_step_by_step(plain, other, stale(which))) > 5e-2, which
+        assert max(_step_by_step(images.pixels, plain, other, stale(which))) > 5e-2, which
 
     def redrawn(*given):
         other.generator.manual_seed(0)
         return other.step(*given)
 
-    assert min(_step_by_step(plain, other, redrawn)) > 5e-3
+    assert min(_step_by_step(images.pixels, plain, other, redrawn)) > 5e-3
 
 
 @pytest.mark.gpu

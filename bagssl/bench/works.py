@@ -30,7 +30,7 @@ def train_steps(machine: Machine, config: PretrainConfig, count: int, compiled: 
         nonlocal learner
         if learner is None:
             how = machine.device, machine.dtype, pick_compiled(compiled, machine.device, count * config.crops_per_step)
-            learner = Learner(config, machine.train.pixels, *how)
+            learner = Learner(config, *how)
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(pretraining, "LOGS", 10):
             run = runs.open_run(config.to_dict(), machine.train.fingerprint, config.label, Path(folder))
             pretraining.train(learner, machine.train, run, progress=False)
