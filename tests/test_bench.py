@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models.resnet import conv3x3
 
 from bagssl import bench, cli
+from bagssl.bench import feeding
 from bagssl.bench.embedding import _peak, probing
 from bagssl.bench.race import ROUNDS, Machine, compared, exponent, race, time
 from bagssl.bench.training import native_size, training
@@ -116,6 +117,14 @@ def test_both_sides_of_a_training_row_train(monkeypatch):
 def test_both_probes_are_timed():
     rows = list(probing(Machine("synthetic", quick=True)))
     assert [row["measure"].split()[0] for row in rows] == ["kNN", "linear"] and all(row["ratio"] > 0 for row in rows)
+
+
+def test_pictures_are_imported_and_gathered_beside_what_pillow_and_torch_do(monkeypatch):
+    monkeypatch.setattr(feeding, "SIDES", ((60, 80), (90, 70)))
+    machine = Machine("synthetic", quick=True)
+    rows = [*feeding.importing(machine), *feeding.gathering(machine)]
+    assert len(rows) == 3 and all(row["rate"] > 0 and row["their rate"] > 0 for row in rows)
+    assert [row["aim"] for row in rows] == [None, 0.8, 15]
 
 
 def test_out_of_time_it_stops_between_rows_and_goes_on_with_those_that_are_left(tmp_path, monkeypatch, capsys):

@@ -19,15 +19,16 @@ ROUNDS = 5
 
 # What a machine is asked to do. crops: of a training run; product: side of the matrices; cut, embedded, bagged: images
 # to augment, to embed with 16 patches, and with 256 by the plain way too; whole: images to embed with 256; seconds: of
-# a round; judged and probed: training and test images; coding rate: V, B, D.
+# a round; judged and probed: training and test images; coding rate: V, B, D; imported: JPEGs; gathered: images.
 CPU = {"encoder": "resnet10", "width": 16, "crops": {16: 25600, 32: 10240}, "batch": 128, "product": 2048,
        "cut": 1024, "embedded": 64, "bagged": 64, "whole": 256, "seconds": 1.0, "judged": (10_000, 2_000),
-       "probed": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
+       "probed": (50_000, 10_000), "coding rate": (20, 100, 1024), "imported": 2400, "gathered": 2048}  # fmt: skip
 CUDA = {"encoder": "resnet18", "width": 64, "crops": {32: 204800}, "batch": 512, "product": 8192,
         "cut": 4096, "embedded": 2048, "bagged": 64, "whole": 60_000, "seconds": 1.0, "judged": (50_000, 10_000),
-        "probed": (50_000, 10_000), "coding rate": (20, 100, 1024)}  # fmt: skip
+        "probed": (50_000, 10_000), "coding rate": (20, 100, 1024), "imported": 24_000, "gathered": 8192}  # fmt: skip
 QUICK = {"crops": {16: 512}, "batch": 64, "product": 256, "cut": 128, "embedded": 8, "bagged": 8, "whole": 8,
-         "seconds": 0.02, "judged": (500, 100), "probed": (200, 50), "coding rate": (2, 10, 64)}  # fmt: skip
+         "seconds": 0.02, "judged": (500, 100), "probed": (200, 50), "coding rate": (2, 10, 64),
+         "imported": 60, "gathered": 64}  # fmt: skip
 
 
 class Machine:
