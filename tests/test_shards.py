@@ -1,5 +1,6 @@
 """Datasets in shards: written whole or gone on with, equal to the bit to the same in memory, damage one clear line."""
 
+import contextlib
 import json
 import os
 import random
@@ -378,15 +379,19 @@ def test_killed_at_several_points_it_goes_on_and_ends_with_the_same_shards(tmp_p
     broken(tree)
     out = ended(adding(tree, tmp_path / "undisturbed"))
     assert "in 24 shards" in out
-    root, kills, kept = tmp_path / "data", 0, {}
-    for count in (1, 8, 16):
-        kills += killed_after(adding(tree, root), root, count)
-        assert not catalogue.available("pets", root)
-        now = times(root)
-        assert kept.items() <= now.items()
-        kept = now
+    for attempt in range(20):  # on a busy machine it may have ended before we look
+        root, kills, kept = tmp_path / f"data {attempt}", 0, {}
+        for count in (1, 8, 16):
+            if not killed_after(adding(tree, root), root, count):
+                break
+            assert not catalogue.available("pets", root)
+            now, kills = times(root), kills + 1
+            assert kept.items() <= now.items()
+            kept = now
+        if kills == 3:
+            break
     assert kills == 3 and len(kept) >= 16
-    assert ended(adding(tree, root)).replace("undisturbed", "data") == out.replace("undisturbed", "data")
+    assert ended(adding(tree, root)).replace(root.name, "") == out.replace("undisturbed", "")
     assert kept.items() <= times(root).items()
     found, expected = (contents(folder) for folder in (root, tmp_path / "undisturbed"))
     assert found == expected and len(found) > 24
@@ -412,12 +417,17 @@ def kill_a_worker(process):
 @pytest.mark.parametrize("end, code, said", [(interrupt, 130, "bagssl: interrupted"), (
     kill_a_worker, 1, "the memory does not suffice (MemoryError: a process that decodes images was killed; the next")])
 def test_ctrl_c_and_a_worker_that_is_killed_are_one_line_and_lose_nothing(end, code, said, tmp_path):
-    tree, root = album(tmp_path / "tree", train=150, test=2), tmp_path / "data"
-    process = adding(tree, root, code=COMMAND)
-    while len(files(root)) < 3 and process.poll() is None:
-        time.sleep(0.002)
-    end(process)
-    error = process.communicate(timeout=60)[1]
+    tree = album(tmp_path / "tree", train=150, test=2)
+    for attempt in range(20):  # on a busy machine it may have ended before we look
+        root = tmp_path / f"data {attempt}"
+        process = adding(tree, root, code=COMMAND)
+        while len(files(root)) < 3 and process.poll() is None:
+            time.sleep(0.002)
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, IndexError):
+            end(process)
+        error = process.communicate(timeout=60)[1]
+        if process.returncode:
+            break
     assert process.returncode == code and said in error and len(error.splitlines()) == 1, error
     kept = times(root)
     assert 3 <= len(kept) < 66 and "in 66 shards" in ended(adding(tree, root))
