@@ -83,7 +83,7 @@ def _as_stored(image: Image.Image) -> tuple[int, bool]:
 
     A PNG's transparent grey is brought to the eight bits of its pixels. What is not read rightly raises ValueError.
     """
-    raw = image.tile[0].args if image.format == "PNG" and image.tile else None
+    raw = image.tile[0][3] if image.format == "PNG" and image.tile else None  # older Pillows have tuples without names
     if raw == "RGB;16B" and "transparency" in image.info:  # Pillow keeps eight bits, and the colour has sixteen
         raise ValueError("one of its 16-bit colours is transparent: save it with an alpha channel")
     if raw in ("L;2", "L;4") and "transparency" in image.info:
