@@ -78,7 +78,8 @@ clean:  ## remove .venv and what tools leave behind; data/ and results/ stay
 	@find bagssl tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # uv and setuptools come from the lock, by pip and with hashes; uv then installs exactly the lock, and
-# setuptools builds what has no wheel. Compiled bytecode spares each kernel seconds at its start.
+# setuptools builds what has no wheel: before the rest and by a plain path, as it takes a $ in a path for a variable;
+# uv keeps the wheel. Compiled bytecode spares each kernel seconds at its start.
 $(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "bagssl: '$(PYTHON)' is not Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -89,6 +90,10 @@ $(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
 	@awk '/^[^ ]/ {keep = /^(uv|setuptools)==/} keep' $(LOCK) > .venv/bootstrap.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
 		-r .venv/bootstrap.txt
+	@awk '/^[^ ]/ {keep = /^antlr4-python3-runtime==/} keep' $(LOCK) > .venv/built.txt
+	@plain=`mktemp -d` && ln -s "`pwd`/.venv" "$$plain/venv" && \
+		$(BIN)/uv pip install --python "$$plain/venv/bin/python" --quiet --require-hashes --no-deps \
+		--no-build-isolation --target "$$plain/built" -r .venv/built.txt && rm -rf "$$plain"
 	@$(BIN)/uv pip sync --python $(BIN)/python --quiet --require-hashes --no-build-isolation \
 		--compile-bytecode $(LOCK)
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
