@@ -41,8 +41,8 @@ def piece(label: str, cost: Hashable, units: int, wait: Callable[[], object] = l
 
     cost: where it is equal, a unit takes equally long. wait: for the device, before a rate is believed. trial: for work
     that cannot tell, the seconds that a unit of a sample takes. more: units that must follow for these to be of use:
-    there must be time for them as well. Raises DoesNotFit where pieces must be whole and this
-    one cannot end in time; elsewhere it does nothing.
+    there must be time for them as well. Raises DoesNotFit where pieces must be whole and this one cannot end in time;
+    elsewhere it does nothing.
     """
     if not os.environ.get("BAGSSL_WHOLE") or units <= 0:
         yield lambda done: None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bagssl import budget, intervals, patches, runs
+from bagssl.bags import POOLS as OF_BAGS
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.devices import pick_device
@@ -29,7 +30,7 @@ from bagssl.runs import Run
 PROBES = {"knn": knn, "linear": linear}
 FEATURES = ("h", "z")
 BESIDE = "with centre crop"
-POOLS = ("mean", "max", BESIDE)
+POOLS = (*OF_BAGS, BESIDE)
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
 LARGE, SAMPLE = 10_000, 10  # training images from which a probe takes long, and what share of them tells how long
@@ -233,8 +234,8 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
         where = (images.fingerprint, protocol["size"], seed, device, (scale, pool) if k else protocol.get("crop", 1))
         return (protocol["weights"], protocol.get("rounded"), *where, feature, k)
 
+    wanted = [*ks, *[0] * (beside and 0 not in ks)]
     for scale in scales:
-        wanted = [*ks, *[0] * (beside and 0 not in ks)]
         if missing := [k for k in wanted if any(place(scale, feature, k) not in _recent for feature in features)]:
             network = _Features(networks["h"], networks.get("z"))
             embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"],

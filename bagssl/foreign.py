@@ -38,6 +38,8 @@ class Foreign:
     crop_from: int  # ... where the side has at least so many px
     classifier: nn.Linear | None  # of h, where it came with one
     record: Mapping[str, Any]  # what it is, where it came from, and how its loading went
+    title: str  # how tables call it
+    untrained: bool  # whether its weights were drawn
     halved = False  # as of a run: whether its weights were rounded to travel
 
     def __repr__(self) -> str:
@@ -127,19 +129,21 @@ def load(word: str, *, untrained: int | None = None, **options: Any) -> Foreign:
         classifier, said = _classifier(fitted.left), fitted.said
     about = {"arch": arch, "source": design.source, "mean": list(mean), "deviation": list(deviation),
              "pool": given.get("pool", POOLS[0]), "size": size}  # fmt: skip
-    name = _label(source if library else file.name.removesuffix(file.suffix), untrained)
+    name = title = _label(source if library else file.name.removesuffix(file.suffix))
+    if untrained is not None:
+        name, title = f"{name}-untrained-seed{untrained}", f"{title}, untrained"
     encoder = PatchEncoder(network.cpu(), mean, deviation, about["pool"]).eval().requires_grad_(False)
     encoder.dim = embedding_dim(encoder, (design.size or 64) if size == NATIVE else size, name)
     record = {**about, "name": name, "dim": encoder.dim, "digest": _digest(network, about), "loaded": said,
               "file": None if library else {"name": file.name, "sha256": file_hash(file)},
               "parameters": sum(parameter.numel() for parameter in network.parameters())}  # fmt: skip
     crop, crop_from = (given["crop"], 0) if "crop" in given else (design.crop, design.size or 0)
-    return Foreign(name, encoder, None if size == NATIVE else size, crop, crop_from, classifier, record)
+    return Foreign(name, encoder, None if size == NATIVE else size, crop, crop_from, classifier, record, title,
+                   untrained is not None)  # fmt: skip
 
 
-def _label(source: str, untrained: int | None) -> str:
-    name = re.sub(r"\W+", "-", source).strip("-")[:60]
-    return name if untrained is None else f"{name}-untrained-seed{untrained}"
+def _label(source: str) -> str:
+    return re.sub(r"\W+", "-", source).strip("-")[:60]
 
 
 def _run(source: str) -> Run:

@@ -47,3 +47,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree of class folders to make a dataset of."""
+    from test_trees import plant
+
+    return plant(tmp_path / "tree")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Where a test keeps its datasets."""
+    return tmp_path / "data"

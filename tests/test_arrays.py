@@ -32,11 +32,6 @@ def ours(**changes):
 
 
 @pytest.fixture
-def root(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def add(tmp_path, root):
     """`add` what is saved as set.npz, by numpy or as the bytes that are given; the line that it says."""
     def add(content, name="set", **options):

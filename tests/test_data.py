@@ -14,16 +14,6 @@ from bagssl import catalogue, data, trees
 from bagssl.errors import InputError
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return plant(tmp_path / "tree")
-
-
 def test_the_fingerprint_covers_pixels_labels_classes_and_shape():
     pixels, labels = torch.arange(96, dtype=torch.uint8).reshape(2, 3, 4, 4), torch.tensor([0, 1])
     images = data.Images(pixels, labels, ("a", "b"))

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from test_trees import CLASSES, plant
+from test_trees import CLASSES
 
 from bagssl import cli, data, layouts, trees
 from bagssl.errors import InputError
@@ -27,16 +27,6 @@ def as_tiny_imagenet(tree):
     shutil.copy(tree / "val" / "images" / "val_0.png", tree / "test" / "images" / "test_0.png")
     (tree / "wnids.txt").write_text("\n".join(CLASSES))
     return tree
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return plant(tmp_path / "tree")
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "data"
 
 
 def test_tiny_imagenet_is_read_as_it_was_published(tree, root):

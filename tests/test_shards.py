@@ -82,11 +82,6 @@ def tree(tmp_path_factory):
     return album(tmp_path_factory.mktemp("album") / "tree", train=20)
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "data"
-
-
 def make_small(patch):
     patch.setattr(catalogue, "SHARDED_FROM", 1)
     patch.setattr(shards, "SHARD", PER * 3 * SIZE**2)

@@ -49,16 +49,6 @@ def contents(folder):
 
 
 @pytest.fixture
-def tree(tmp_path):
-    return plant(tmp_path / "tree")
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def small_cifar(monkeypatch):
     """cifar10 with 2 train images and 1 test image of each class."""
     monkeypatch.setitem(catalogue.CIFAR, "cifar10", (catalogue.CIFAR["cifar10"][0], {"train": 2, "test": 1}))

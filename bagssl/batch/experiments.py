@@ -40,10 +40,11 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
 
     Raises InputError, in one line, for a file that is absent, not YAML, or not of the expected shape.
     """
-    folder = Path(notebooks or home() / "notebooks")
-    path = folder / "experiments.yaml"
-    entries = _read(path)
+    return _checked(*_read(notebooks))
 
+
+def _checked(path: Path, entries: Mapping[str, Any]) -> dict[str, Experiment]:
+    """The experiments among the entries of the file `path`, in whose folder their notebooks lie."""
     def check(value: Any, where: str, required: set[str]) -> None:
         if not isinstance(value, dict) or set(value) != required:
             found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
@@ -58,8 +59,8 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
         check(entry, name, {"artefact", "notebook", "profiles"})
         if not isinstance(entry["profiles"], dict) or not entry["profiles"]:
             raise InputError(f"{path}: {name}: profiles must map a profile to its cost and parameters")
-        if not os.path.isfile(folder / str(entry["notebook"])):  # False for whatever is no name of a file, too
-            raise InputError(f"{path}: {name}: there is no notebook {entry['notebook']} in {folder}")
+        if not os.path.isfile(path.parent / str(entry["notebook"])):  # False for whatever is no name of a file, too
+            raise InputError(f"{path}: {name}: there is no notebook {entry['notebook']} in {path.parent}")
         profiles = {}
         for profile, value in entry["profiles"].items():
             if profile not in PROFILES:
@@ -68,11 +69,13 @@ def load_experiments(notebooks: Path | None = None) -> dict[str, Experiment]:
             if not isinstance(value["parameters"], dict):
                 raise InputError(f"{path}: {name}: {profile}: parameters must be a mapping, {{}} for none")
             profiles[profile] = Profile(str(value["cost"]), value["parameters"])
-        experiments[name] = Experiment(name, str(entry["artefact"]), folder / entry["notebook"], profiles)
+        experiments[name] = Experiment(name, str(entry["artefact"]), path.parent / entry["notebook"], profiles)
     return experiments
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(notebooks: Path | None) -> tuple[Path, dict[str, Any]]:
+    """The file that lists experiments, and its entries."""
+    path = Path(notebooks or home() / "notebooks") / "experiments.yaml"
     try:
         entries = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path}: expected a mapping from experiment to its entry")
-    return entries
+    return path, entries
 
 
 def order_of_worth(profile: str, notebooks: Path | None = None) -> list[tuple[Experiment, dict[str, Any]]]:
@@ -90,10 +93,10 @@ def order_of_worth(profile: str, notebooks: Path | None = None) -> list[tuple[Ex
     An experiment may come several times, a part of it each time. Without such a list for the profile: all that have it,
     in the order of the file. Raises InputError as `load_experiments` does.
     """
-    experiments = load_experiments(notebooks)
-    path = Path(notebooks or home() / "notebooks") / "experiments.yaml"
+    path, entries = _read(notebooks)
+    experiments = _checked(path, entries)
     check_choice("profile", profile, PROFILES)
-    listed = (_read(path).get(WORTH) or {}).get(profile)
+    listed = (entries.get(WORTH) or {}).get(profile)
     if listed is None:
         return [(experiment, {}) for experiment in choose(experiments, (), profile)]
     found = []

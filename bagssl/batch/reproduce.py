@@ -247,28 +247,25 @@ def reproduce_bare(names: Sequence[str] = (), profile: str = "smoke", overrides:
     Takes, returns and raises what `reproduce` does, but that Ctrl-C raises.
     """
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
-    board, codes, before = Board(), [], _stored() if whole else ()
+    board, codes, done, before = Board(), [], {}, ()
+    if whole:  # which entries ended well, by their keys: the next box need not measure again what no run keeps
+        done, before = read_record(runs_root() / ENDED), _stored()
     stages = _by_worth(profile, overrides, notebooks, board) if whole and not names else [
         (stage.experiment.name, stage) for stage in _stages(names, profile, overrides, notebooks)]
     with mock.patch.dict(os.environ, {**_unix_deadline(deadline), **({"BAGSSL_WHOLE": "1"} if whole else {})}):
         for i, (title, stage) in enumerate(stages, 1):
             say = functools.partial(board.say, title=f"[{i}/{len(stages)}] {title}: ")
-            done = _ended() if whole else {}
             outcome = Outcome(0, "done before") if stage.key in done else _run_bare(stage, deadline, say)
             codes.append(outcome.code)
             say(outcome.message, error=outcome.code != 0)
             if whole and outcome.code == 0 and stage.key not in done:
-                write_record(runs_root() / ENDED, {**done, stage.key: title})
+                done[stage.key] = title
+                write_record(runs_root() / ENDED, done)
     if whole:
         models, measured = (now - then for now, then in zip(_stored(), before, strict=True))
         did = f"new: models {models}, evaluations {measured}" if models or measured else "nothing new"
         board.say(f"{did}; of {len(stages)} entries {codes.count(3)} did not fit")
     return _worst(codes)
-
-
-def _ended() -> dict[str, str]:
-    """Keys and titles of the entries that ended well: the next box need not measure again what no run keeps."""
-    return read_record(runs_root() / ENDED)
 
 
 def _by_worth(profile: str, overrides: Mapping[str, Any] | None, notebooks: Path | None,

@@ -60,22 +60,16 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
     settings = {name: default for name, (default, _) in notebook_parameters(experiment.notebook).items()} | parameters
     folder = Path(results or results_root()) / profile / experiment.name
     fingerprints: dict[str, str] = {}
+    looks = dict.fromkeys(words.join(settings.get("encoders") or []), words.fingerprint)  # others' files
     if (dataset := settings.get("dataset")) is not None:
+        looks = {dataset: _fetched if fetch else _recorded, **looks}
+    for name, look in looks.items():
         try:
-            if fetch:
-                _ensure_data(dataset)
-            fingerprints[dataset] = (_checked if fetch else _recorded)(dataset)
+            fingerprints[name] = look(name)
         except InputError as error:
             if fetch:
                 raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
-            fingerprints[dataset] = (read_record(folder / "status.json").get("data") or {}).get(dataset, "")
-    for word in words.join(settings.get("encoders") or []):  # of the models that others trained, the files
-        try:
-            fingerprints[word] = words.fingerprint(word)
-        except InputError as error:
-            if fetch:
-                raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
-            fingerprints[word] = (read_record(folder / "status.json").get("data") or {}).get(word, "")
+            fingerprints[name] = (read_record(folder / "status.json").get("data") or {}).get(name, "")
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in notebook_cells(experiment.notebook)]
     everything = {"parameters": settings, "notebook": cells, "package": package_hash(), "data": fingerprints}
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
@@ -90,6 +84,11 @@ def _ensure_data(dataset: str) -> None:
         from bagssl import trees
 
         print(trees.get(dataset), flush=True)
+
+
+def _fetched(dataset: str) -> str:
+    _ensure_data(dataset)
+    return _checked(dataset)
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from bagssl.pretraining import pretrain
 from bagssl.runs import Run
 from bagssl.words import join
 
-UNTRAINED = "-untrained-seed0"  # how `foreign.load` calls a network of random weights
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
 
 
@@ -78,7 +77,7 @@ def others(words: Sequence[str], images: Images, **options: Any) -> list[tuple[R
 def label(model: Run | Foreign) -> str:
     """A model's name in tables: its objective, `none` for random weights; of others' encoders their own name."""
     if isinstance(model, Foreign):
-        return model.name.removesuffix(UNTRAINED) + ", untrained" * model.name.endswith(UNTRAINED)
+        return model.title
     return "none" if model.config["training"] == "untrained" else model.config["objective"]
 
 
@@ -98,7 +97,7 @@ def measure_all(trained: Sequence[Run | Foreign], train: Images, test: Images, k
         arm = {"objective": label(run), "training": "foreign", "seed": seed(run), "crops": None}
         if isinstance(run, Run):
             arm |= {"training": run.config["training"], "crops": run.metrics["crops"]}
-        elif run.name.endswith(UNTRAINED):
+        elif run.untrained:
             arm["training"] = "untrained"
         rows += [{**arm, **row} for row in evaluate(run, train, test, ks, **protocol)]
     return pd.DataFrame(rows)
