@@ -705,6 +705,7 @@ def memory(which):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(dict(line.split(":", 1) for line in lines)[which].split()[0]) * 1024
 root = Path(sys.argv[2])
+trees.add("small", sys.argv[3], root=root)  # what comes with the first picture, code and buffers, is no dataset's
 for work in (lambda: trees.add("large", sys.argv[1], root=root), lambda: trees.add("large", sys.argv[1], root=root),
              lambda: data.load("large", "train", root), lambda: data.check("large", root)):
     Path("/proc/self/clear_refs").write_text("5")
@@ -730,10 +731,11 @@ def test_a_dataset_is_never_twice_in_memory(kind, tmp_path):
         path = tmp_path / "large.npz"
         np.savez(path, **{f"{split}_x": np.full((count, side, side), 7, np.uint8) for split, count in counts.items()},
                  **{f"{split}_y": np.arange(count) % 2 for split, count in counts.items()})
-    done = subprocess.run([sys.executable, "-c", MEASURED, str(path), str(tmp_path / "data")], check=True,
+    small = plant(tmp_path / "small", height=side, width=side, suffix="bmp")
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(path), str(tmp_path / "data"), str(small)], check=True,
                           capture_output=True, text=True, cwd=Path(data.__file__).parent.parent)
     peaks = [int(line) / (3 * side**2 * sum(counts.values())) for line in done.stdout.split()]
-    assert len(peaks) == 4 and max(peaks) < 1.3 and min(peaks) > 0.5, peaks
+    assert len(peaks) == 4 and max(peaks) < 1.25 and min(peaks) > 0.5, peaks
 
 
 # CIFAR
