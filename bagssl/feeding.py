@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from bagssl.data import Pixels, Shards
+from bagssl.data import Pixels, Shards, gather
 from bagssl.progress import notice
 
 SHARE = 0.5  # of a GPU's free memory that pixels may take: networks and patches need the rest
@@ -37,7 +37,7 @@ def feed(pixels: Pixels, places: Places, device: torch.device) -> Iterator[Itera
     """
     if fits(pixels, device):
         held = pixels.to(device)
-        yield (held.index_select(0, batch) for batch in places(device))
+        yield (gather(held, batch) for batch in places(device))
         return
     where = "on disk" if isinstance(pixels, Shards) else "in memory"
     said = f"{len(pixels):,} images, {pixels.nbytes / 1e9:,.1f} GB: they stay {where}, and are fed while it trains"
@@ -58,14 +58,12 @@ def _fed(pixels: Pixels, places: Iterator[Tensor], device: torch.device) -> Iter
     buffers: list[Tensor | None] = [None, None]
     copied = [torch.cuda.Event() for _ in buffers] if cuda else []
 
-    def gather(turn: int, batch: Tensor) -> Tensor:
+    def fill(turn: int, batch: Tensor) -> Tensor:
         if buffers[turn] is None:
             buffers[turn] = torch.empty(len(batch), *pixels.shape[1:], dtype=torch.uint8, pin_memory=cuda)
         elif cuda:
             copied[turn].synchronize()  # what stood there is on the device
-        if isinstance(pixels, Shards):
-            return pixels.index_select(0, batch, out=buffers[turn])
-        return torch.index_select(pixels, 0, batch, out=buffers[turn])
+        return gather(pixels, batch, buffers[turn])
 
     def deliver(turn: int, gathered: Tensor) -> Tensor:
         batch = gathered.to(device, non_blocking=True)
@@ -76,7 +74,7 @@ def _fed(pixels: Pixels, places: Iterator[Tensor], device: torch.device) -> Iter
     with ThreadPoolExecutor(1, "feed") as thread:
         ahead = None
         for turn, batch in zip(itertools.cycle((0, 1)), places):
-            ahead, before = (turn, thread.submit(gather, turn, batch)), ahead
+            ahead, before = (turn, thread.submit(fill, turn, batch)), ahead
             if before:
                 yield deliver(before[0], before[1].result())
         if ahead:

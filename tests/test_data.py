@@ -176,3 +176,15 @@ def test_what_computes_nothing_loads_no_torch(words):
     ended = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True,
                            check=False)
     assert ended.stdout.splitlines()[-1] == "False", ended.stderr
+
+
+@pytest.mark.parametrize("side", [8, 150])
+def test_gathering_is_index_select(side):
+    pixels = torch.randint(256, (9, 3, side, side), dtype=torch.uint8)
+    places, out = torch.tensor([8, 0, 0, 3]), torch.empty(4, 3, side, side, dtype=torch.uint8)
+    assert torch.equal(data.gather(pixels, places), pixels.index_select(0, places))
+    assert data.gather(pixels, places, out) is out and torch.equal(out, pixels[places])
+    assert data.gather(pixels, places[:0]).shape == (0, 3, side, side)
+    for wrong in (9, -1):
+        with pytest.raises(IndexError, match="among 9 images"):
+            data.gather(pixels, torch.tensor([0, wrong]))
