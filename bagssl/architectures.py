@@ -55,7 +55,7 @@ def build(arch: str, *, width: int | None = None, size: int | None = None, seed:
         if library == "torchvision":
             return _torchvision(name, size, trained)
         if library == "timm":
-            return _timm(name, trained)
+            return _timm(name, size, trained)
         if library == "bagssl":
             zero, one = (0.0,) * 3, (1.0,) * 3
             return Design(build_encoder(name, 64 if width is None else width, seed), zero, one)
@@ -90,15 +90,17 @@ def _torchvision(name: str, size: int | None, trained: bool) -> Design:
     return Design(network, tuple(preset.mean), tuple(preset.std), side, side / resized, "", classifier)
 
 
-def _timm(name: str, trained: bool) -> Design:
+def _timm(name: str, size: int | None, trained: bool) -> Design:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise InputError(f"timm:{name} needs timm, which is not installed ({error}): pip install timm") from None
     if not timm.is_model(name):
         raise InputError(f"timm has no network {name!r}: see timm.list_models()")
+    fixed = size and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    options = {"img_size": size} if fixed else {}  # timm fits its own weights to another grid; a file's must be of it
     with _from_a_library(f"the weights of timm's {name}", f"give a file of them by FILE,arch=timm:{name}"):
-        network = timm.create_model(name, pretrained=trained, num_classes=0)
+        network = timm.create_model(name, pretrained=trained, num_classes=0, **options)
     about = timm.data.resolve_model_data_config(network)
     return Design(network, tuple(about["mean"]), tuple(about["std"]), about["input_size"][-1], about["crop_pct"])
 

@@ -443,10 +443,22 @@ def test_timm_is_asked_as_its_data_configuration_says(folder, monkeypatch):
         assert torch.equal(cls.network(patches), tokens[:, 0])
         assert torch.equal(mean.network(patches), tokens[:, 1:].mean(1))
     assert "left over: head.*, 2" in repr(found)
-    with pytest.raises(InputError, match="takes no patches of 96 px"):
-        foreign.load("timm:vit_tiny_patch16_224,size=96", untrained=0)
+    with pytest.raises(InputError, match="takes no patches of 100 px"):
+        foreign.load("timm:vit_tiny_patch16_224,size=native", untrained=0).check(100)
     with pytest.raises(InputError, match="timm has no network 'resnet19'"):
         foreign.find("timm:resnet19")
+
+
+def test_a_vision_transformer_of_timm_is_made_for_the_size_that_is_given(folder):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=0).eval()
+    save_file(network.state_dict(), "vit.safetensors")
+    found = foreign.find("vit.safetensors,arch=timm:vit_tiny_patch16_224,normalise=none,size=48")
+    patches = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(found.network(patches), network(patches))
+    with pytest.raises(InputError, match=r"pos_embed is float32 \[1, 10, 192\] instead of float32 \[1, 197, 192\]"):
+        foreign.find("vit.safetensors,arch=timm:vit_tiny_patch16_224")
 
 
 def test_without_timm_one_line_says_how_to_install_it(folder, monkeypatch):
