@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from bagssl.augmentation import Augmentation
-from bagssl.encoders import BLOCKS
+from bagssl.encoders import BLOCKS, STEMS
 from bagssl.errors import InputError, check_choice
 from bagssl.objectives import OBJECTIVES
 
@@ -81,6 +81,7 @@ class PretrainConfig:
     options: Mapping[str, float] = setting(dict)  # the objective's own numbers, by name
     lars_trust: float = setting(0.02, 1e-6, 1e3, only=LARS, later=True)
     lars_clip: bool = setting(False, only=LARS, later=True)  # a tensor's rate is at most learning_rate
+    stem: str = setting(STEMS[0], choices=STEMS, only={}, later=True)  # imagenet: for pictures of 64 px and more
     grid: int = setting(0, 0, 1024, only=PATCH_BASED, later=True)  # px, of the offsets; views differ; 0: anywhere
 
     def __post_init__(self):

@@ -29,7 +29,7 @@ from bagssl.colours import apply_colour
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.devices import pick_compiled, pick_device, pick_precision
-from bagssl.encoders import BLOCKS, build_encoder, build_predictor, build_projector, embedding_dim
+from bagssl.encoders import build_encoder, build_predictor, build_projector, embedding_dim
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.feeding import feed
 from bagssl.objectives import OBJECTIVES, Terms, spread
@@ -39,7 +39,7 @@ from bagssl.progress import progress_bar
 from bagssl.runs import Run
 
 LOGS = 200  # rows of a run's history, at least: each waits for the device
-_COST = ("objective", "encoder", "width", "size", "views", "batch_size", "projector_hidden", "projector_dim",
+_COST = ("objective", "encoder", "stem", "width", "size", "views", "batch_size", "projector_hidden", "projector_dim",
          "optimiser")  # what the time of a step depends on
 _COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of the history, before the terms
 
@@ -91,13 +91,17 @@ class Model(nn.Module):
 
 def build_model(config: PretrainConfig) -> Model:
     """The networks that `config` trains, with the weights of its seed, on the CPU."""
-    encoder = build_encoder(config.encoder, config.width, config.seed)
+    encoder = _encoder(config)
     sizes = config.projector_dim, config.projector_hidden
     return Model(encoder, _projector(config), build_predictor(*sizes, config.seed) if config.needs_target else None)
 
 
+def _encoder(config: PretrainConfig) -> nn.Module:
+    return build_encoder(config.encoder, config.width, config.seed, config.stem)
+
+
 def _projector(config: PretrainConfig) -> nn.Module:
-    dim = embedding_dim(BLOCKS[config.encoder], config.width)
+    dim = embedding_dim(config.encoder, config.width)
     return build_projector(config.objective, dim, config.projector_hidden, config.projector_dim, config.seed)
 
 
@@ -389,7 +393,7 @@ def _signals() -> Iterator[list[int]]:
 
 def load_encoder(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     """The run's encoder in evaluation mode: patches [batch, 3, s, s] in [0, 1] -> h [batch, dim]."""
-    return _load(run, "encoder", lambda config: build_encoder(config.encoder, config.width)).to(device)
+    return _load(run, "encoder", _encoder).to(device)
 
 
 def load_projector(run: Run, device: str | torch.device = "cpu") -> nn.Module:

@@ -4,35 +4,47 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import resnet18, resnet34
+from torchvision.models import resnet18, resnet34, resnet50
 
+from bagssl.config import PretrainConfig
 from bagssl.encoders import Conv3x3, build_encoder, build_projector
 from bagssl.errors import InputError
 from bagssl.objectives import OBJECTIVES
 
 
-def reference(make):
-    """torchvision's network with the stem for small pictures and no classifier."""
+def reference(make, stem):
+    """torchvision's network without a classifier; with the stem for small pictures where that is asked for."""
     network = make(num_classes=1)
-    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
+    if stem == "cifar":
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
     network.fc = nn.Identity()
     return network
 
 
-@pytest.mark.parametrize(("name", "make"), [("resnet18", resnet18), ("resnet34", resnet34)])
-def test_width_64_is_torchvisions_network(name, make):
-    theirs, ours = reference(make).double(), build_encoder(name, 64).double()
+@pytest.mark.parametrize(("stem", "other", "side"), [("cifar", "imagenet", 16), ("imagenet", "cifar", 64)])
+@pytest.mark.parametrize("make", [resnet18, resnet34, resnet50])
+def test_width_64_is_torchvisions_network(make, stem, other, side):
+    name = make.__name__
+    theirs, ours = reference(make, stem).double(), build_encoder(name, 64, stem=stem).double()
     theirs.load_state_dict(ours.state_dict())  # the same names and shapes
-    x = torch.rand(2, 3, 16, 16, dtype=torch.double)
-    ours.eval(), theirs.eval()
-    torch.testing.assert_close(ours(x), theirs((x - 0.5) * 4))
-    assert ours.dim == 512
-    # negative controls: other weights, and the ImageNet stem, are other networks
-    assert not torch.allclose(ours(x), build_encoder(name, 64, seed=1).double().eval()(x), rtol=1e-2)
-    network = make(num_classes=1)
+    x = torch.rand(2, 3, side, side, dtype=torch.double)
+    for training in (True, False):
+        ours.train(training), theirs.train(training)
+        torch.testing.assert_close(ours(x), theirs((x - 0.5) * 4))
+    assert ours.dim == ours(x).shape[1] == {"resnet50": 2048}.get(name, 512)
+    count = sum(parameter.numel() for parameter in ours.parameters())
+    assert count == sum(parameter.numel() for parameter in theirs.parameters())
+    # negative controls: other weights, and the other stem, are other networks
+    assert not torch.allclose(ours(x), build_encoder(name, 64, 1, stem).double().eval()(x), rtol=1e-2)
     with pytest.raises(RuntimeError):
-        network.load_state_dict(ours.state_dict())
+        reference(make, other).load_state_dict(ours.state_dict())
+
+
+def test_a_stem_is_no_part_of_the_keys_of_runs_before_it():
+    assert "stem" not in PretrainConfig().to_dict() and PretrainConfig(stem="imagenet").to_dict()["stem"] == "imagenet"
+    with pytest.raises(InputError, match="stem"):
+        PretrainConfig(stem="large")
 
 
 def test_width_and_seed():
@@ -78,7 +90,8 @@ def test_small_maps_are_convolved_exactly(side, stride):
     assert not torch.allclose(ours, F.conv2d(x, conv.weight.roll(1, 2), conv.bias, stride, 1))
 
 
-def test_every_3x3_convolution_of_the_encoder_takes_the_short_cut():
-    encoder = build_encoder("resnet18", 8)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_every_3x3_convolution_of_the_encoder_takes_the_short_cut(name):
+    encoder = build_encoder(name, 8)
     convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
     assert {type(module) for module in convolutions if module.kernel_size == (3, 3)} == {Conv3x3}

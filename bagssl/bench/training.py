@@ -123,7 +123,7 @@ def _lightly_run(machine: Machine, config: PretrainConfig, pictures: _Pictures, 
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
 
-    encoder = build_encoder(config.encoder, config.width, config.seed, conv3x3)  # torchvision's: none of our short cuts
+    encoder = build_encoder(config.encoder, config.width, config.seed, conv=conv3x3)  # none of our short cuts
     encoder = encoder.to(machine.device, memory_format=torch.channels_last)
     torch.manual_seed(config.seed)
     head = SimCLRProjectionHead(encoder.dim, config.projector_hidden, config.projector_dim).to(machine.device)
