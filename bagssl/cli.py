@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from bagssl import __version__
 from bagssl.errors import Diverged, InputError, Stopped, shortage
 
+TOP5_FROM = 100  # classes
 # What a disk refuses, does not know, or no longer answers; any other OSError is a bug.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
          errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP, errno.EMLINK,
@@ -168,20 +169,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
     sizes.check_probes(train, probes)
     if isinstance(encoder, foreign.Foreign):
         print(encoder, file=sys.stderr, flush=True)
-    rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes)
+    top5 = len(train.classes) >= TOP5_FROM
+    rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes, top5=top5)
     about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
              "test_images": len(test)}  # fmt: skip
     if arguments.csv:
         write_csv(arguments.csv, [{**about, **row} for row in rows])
     print(f"{about['encoder']}, kept in {os.path.relpath(encoder.path)}", file=sys.stderr)
-    print(table([("SHOWN", "K", "PROBE", "ACCURACY", "FROM", "TO", "GAIN", "FROM", "TO"), *map(shown, rows)]))
+    names = ("SHOWN", "K", "PROBE", "ACCURACY", "FROM", "TO", *["TOP-5"] * top5, "GAIN", "FROM", "TO")
+    print(table([names, *map(shown, rows)]))
 
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of `evaluation.over_scales` as text: per cent and points, each with the ends of its interval."""
     what = "centre crop" if row["scale"] is None else f"scale {row['scale']:g}"
+    shares = [f"{row[name]:.2f}" for name in ("accuracy", "low", "high", "top5") if name in row]
     gain = [f"{row[name]:+.2f}" if name in row else "" for name in ("gain", "gain_low", "gain_high")]
-    return what, str(row["k"]), row["probe"], *(f"{row[name]:.2f}" for name in ("accuracy", "low", "high")), *gain
+    return what, str(row["k"]), row["probe"], *shares, *gain
 
 
 def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -189,8 +193,9 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
 
     from bagssl.paths import write_atomically
 
-    columns = ("encoder", "dataset", "train_images", "test_images", "scale", "k", "probe", "feature", "accuracy", "low",
-               "high", "gain", "gain_low", "gain_high")  # fmt: skip
+    columns = ["encoder", "dataset", "train_images", "test_images", "scale", "k", "probe", "feature", "accuracy", "low",
+               "high", "gain", "gain_low", "gain_high"]  # fmt: skip
+    columns += [name for name in rows[0] if name.startswith("top5")]
     with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
         writer.writeheader()

@@ -39,16 +39,17 @@ _recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K
 
 def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequence[int], *,
              probes: Sequence[str] = ("knn", "linear"), features: Sequence[str] = ("h",),
-             scale: float | Sequence[float], pool: str = "mean", seed: int = 0, device: str = "auto",
-             progress: bool = True) -> list[dict[str, Any]]:
+             scale: float | Sequence[float], pool: str = "mean", top5: bool = False, seed: int = 0,
+             device: str = "auto", progress: bool = True) -> list[dict[str, Any]]:
     """Accuracy of `model` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
     test: images, or a share of `train` to hold out, drawn at random, for a choice that must not see the test images.
     Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at its size
     (`view`); of several scales, each gives a bag of K, and their means are concatenated. pool: `mean`, `max` (see
     `embed_bags`), or `with centre crop`: the centre crop beside the mean, in one longer vector. Returns one row per
-    feature, K and probe: accuracy, low and high in per cent, the probe's settings, and which test images were right
-    (`unpack_correct`). A protocol that was measured before on this model is read from its folder.
+    feature, K and probe: accuracy, low and high in per cent, with `top5` also top5, top5_low and top5_high, that among
+    the first five answers; the probe's settings, and which test images were right (`unpack_correct`). A protocol that
+    was measured before on this model is read from its folder.
     Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, a share that leaves
     one side without images, z of an encoder that has no projector, or patches that it does not take.
     """
@@ -66,6 +67,7 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
         "weights": model.metrics["weights_sha256"] if isinstance(model, Run) else model.digest,
     }  # fmt: skip
     protocol |= {"pool": pool} if pool != "mean" else {}
+    protocol |= {"top5": True} if top5 else {}
     protocol |= {"crop": seen["crop"]} if seen["crop"] < 1 and (0 in ks or pool == BESIDE) else {}
     path = _place(model, protocol)
     if (rows := _kept(path)) is None and model.halved:  # not to be taken for what the weights themselves give
@@ -188,8 +190,9 @@ def _measure(model: Run | Foreign, train: Images, test: Images | float, protocol
     for feature, k, probe in itertools.product(protocol["features"], protocol["ks"], protocol["probes"]):
         result = _probe(probe, bags[feature][k], labels, bags_test[feature][k], labels_test, device=device)
         correct = np.packbits(result.correct.numpy()).tobytes().hex()  # see `unpack_correct`
+        top5 = dict(zip(("top5", "top5_low", "top5_high"), result.top5)) if protocol.get("top5") else {}
         rows.append({"k": k, "probe": probe, "feature": feature, "accuracy": result.value, "low": result.low,
-                     "high": result.high, "settings": result.settings, "correct": correct})
+                     "high": result.high, **top5, "settings": result.settings, "correct": correct})
     return rows
 
 

@@ -4,7 +4,7 @@ Features are [images, dim], labels [images]; both probes run where the features 
 probe chooses depends on the test labels: they are read once, to count what is right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,21 @@ from torch import Tensor
 
 from bagssl import intervals
 from bagssl.errors import InputError
+from bagssl.intervals import Estimate
 
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """Top-1 accuracy in per cent, with its 95 % bootstrap interval over the test images."""
+    """Top-1 accuracy in per cent, with its 95 % bootstrap interval over the test images, and top-5 accuracy."""
 
     value: float
     low: float
     high: float
     correct: Tensor  # bool [images], CPU
     predicted: Tensor  # int64 [images], CPU
+    top5: Estimate  # per cent; a class that shares its score with others comes after them
     settings: dict  # what the probe was and what it chose; plain numbers, ready for JSON
 
 
@@ -60,10 +62,10 @@ def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, 
     classes, targets = _check(train, train_labels, test, test_labels)
     k = min(k, len(train))
     bank, queries = F.normalize(train.float(), dim=1), F.normalize(test.float(), dim=1)
-    predicted = [classes[vote(block @ bank.T, targets, len(classes), k, temperature).argmax(dim=1)]
-                 for block in queries.split(max(1, 2**24 // len(bank)))]
+    votes = (vote(block @ bank.T, targets, len(classes), k, temperature)
+             for block in queries.split(max(1, 2**24 // len(bank))))
     settings = {"probe": "knn", "metric": "cosine", "k": k, "temperature": temperature}
-    return _accuracy(torch.cat(predicted), test_labels, settings)
+    return _accuracy(votes, classes, test_labels, settings)
 
 
 def vote(similarity: Tensor, targets: Tensor, classes: int, k: int = 200, temperature: float = 0.1) -> Tensor:
@@ -81,8 +83,8 @@ def linear(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tenso
     """Accuracy of `fit_linear`'s classifier on the test images, with its options. Raises as it does."""
     _check(train, train_labels, test, test_labels)
     classifier = fit_linear(train, train_labels, **options)
-    predicted = [classifier.classes[classifier.logits(block).argmax(dim=1)] for block in test.split(2**14)]
-    return _accuracy(torch.cat(predicted), test_labels, classifier.settings)
+    logits = map(classifier.logits, test.split(2**14))
+    return _accuracy(logits, classifier.classes, test_labels, classifier.settings)
 
 
 def fit_linear(train: Tensor, train_labels: Tensor, *, regularisations: Sequence[float] = STRENGTHS,
@@ -119,10 +121,18 @@ def fit_linear(train: Tensor, train_labels: Tensor, *, regularisations: Sequence
     return Classifier(weights[:, :-1], weights[:, -1], classes, centre, {**strength, **settings, **last})
 
 
-def _accuracy(predicted: Tensor, labels: Tensor, settings: dict) -> Accuracy:
-    predicted, labels = predicted.cpu(), labels.cpu()
-    correct = predicted == labels
-    return Accuracy(*intervals.proportion(correct.numpy()), correct, predicted, settings)
+def _accuracy(blocks: Iterable[Tensor], classes: Tensor, labels: Tensor, settings: dict) -> Accuracy:
+    """Of the scores of test images, [n, classes] of some at a time."""
+    wanted, predicted, near = labels.to(classes.device)[:, None] == classes, [], []
+    for scores in blocks:
+        predicted.append(classes[scores.argmax(dim=1)])
+        own, wanted = wanted[: len(scores)], wanted[len(scores) :]
+        own = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)  # of a class that was never seen: the last
+        near.append((scores >= own).sum(dim=1) <= 5)
+    predicted, labels = torch.cat(predicted).cpu(), labels.cpu()
+    correct, near = predicted == labels, torch.cat(near).cpu()
+    return Accuracy(*intervals.proportion(correct.numpy()), correct, predicted, intervals.proportion(near.numpy()),
+                    settings)  # fmt: skip
 
 
 def _check(train: Tensor, train_labels: Tensor, *test: Tensor) -> tuple[Tensor, Tensor]:

@@ -577,7 +577,14 @@ def test_the_command_prints_a_table_and_measures_nothing_twice(folder, capsys, m
     for row, line in zip(rows, first, strict=True):
         assert f"{float(row['accuracy']):.2f}" in line and float(row["low"]) <= float(row["accuracy"])
     gain = float(rows[2]["accuracy"]) - float(rows[0 if rows[0]["probe"] == rows[2]["probe"] else 1]["accuracy"])
-    assert float(rows[2]["gain"]) == pytest.approx(gain)
+    assert float(rows[2]["gain"]) == pytest.approx(gain) and "top5" not in rows[0]
+    monkeypatch.setattr(cli, "TOP5_FROM", 10)  # as of a dataset of a hundred classes
+    (head, *lines), _ = evaluate("--ks 0,1 --scales 0.25 --csv out.csv", capsys)
+    with open("out.csv", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert head.split()[6] == "TOP-5" and [line.split()[-4] for line in lines[2:]] == [
+        f"{float(row['top5']):.2f}" for row in rows[2:]]  # fmt: skip
+    assert all(float(row["accuracy"]) < float(row["top5"]) <= float(row["top5_high"]) for row in rows)
 
 
 @pytest.mark.parametrize("words, answer", [

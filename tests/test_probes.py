@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -52,6 +53,36 @@ def cosine_neighbours(k: int, temperature: float, metric: str = "cosine") -> np.
 def test_knn_predicts_what_scikit_learn_predicts(k, temperature):
     ours = probes.knn(*TRAIN, *TEST, k=k, temperature=temperature)
     assert np.array_equal(ours.predicted.numpy(), cosine_neighbours(k, temperature))
+
+
+def many_classes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twenty classes that overlap; of the last one the first hundred images have none."""
+    centres = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(20, (count,), generator=draw)
+    return centres[labels] + torch.randn(count, 6, generator=draw), labels
+
+
+def test_top_5_is_scikit_learns_and_an_unseen_class_is_never_in_it():
+    train, test = many_classes(600, 1), many_classes(400, 2)
+    found = probes.linear(*train, *test, regularisations=[1e-3])
+    logits = probes.fit_linear(*train, regularisations=[1e-3]).logits(test[0])
+    expected = 100 * top_k_accuracy_score(test[1], logits, k=5, labels=range(20))
+    assert found.top5.value == pytest.approx(expected) and found.value < expected < 100
+    assert found.top5[1:] == intervals.proportion(np.arange(400) < round(4 * expected))[1:]
+    seen = train[1] != 19
+    without = probes.linear(train[0][seen], train[1][seen], *test, regularisations=[1e-3])
+    own = probes.linear(train[0][seen], train[1][seen], test[0][test[1] == 19], test[1][test[1] == 19])
+    assert without.top5.value < found.top5.value and own.top5.value == own.value == 0
+
+
+def test_top_5_of_knn_counts_a_class_without_votes_as_wrong():
+    train, test = many_classes(600, 1), many_classes(400, 2)
+    found = probes.knn(*train, *test, k=3)  # at most three classes have votes: the others share a score of zero
+    nearest = KNeighborsClassifier(3, metric="cosine", algorithm="brute").fit(*map(np.asarray, train))
+    near = train[1].numpy()[nearest.kneighbors(test[0].numpy())[1]]
+    assert found.top5.value == pytest.approx(100 * (near == test[1].numpy()[:, None]).any(axis=1).mean())
+    assert found.top5.value > found.value
 
 
 def test_knn_is_neither_euclidean_nor_of_another_temperature():
