@@ -111,8 +111,8 @@ CLAIMS = {
         Condition("centred cosine", above=0.8),
         Condition("centred cosine over another image's patches", above=0),
         Condition("centred cosine over an untrained encoder", above=0),
-    ), scales=SMALL, change="before, patches of any scale decided that was asked for, and large ones come near to the "
-                            "whole image because they are nearly all of it"),
+    ), scales=SMALL, change="before, patches of whatever scale was asked for decided; large ones come near to the "
+                            "whole image by being nearly all of it"),
     "C5": Claim("The representation is local in its patches and invariant in their bag.", (
         Condition("position R2 of patches", above=0),
         Condition("neighbours of the same class over chance", above=0),
