@@ -58,8 +58,11 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
     if not isinstance(test, Images):
         held_out_places(len(train), test, seed)
     seen, scales = view(model, train.pixels), scale if isinstance(scale, Sequence) else [scale]
-    if isinstance(model, Foreign):
-        _check_foreign(model, train, test, scales if any(ks) else [], features)
+    if isinstance(model, Foreign) and "z" in features:
+        raise InputError(f"{model.name} is an encoder without a projector: it has h, and no z")
+    for images in (train, test):
+        if isinstance(images, Images):
+            check_sides(model, images.pixels, scales if any(ks) else [])
     protocol = {
         "protocol": PROTOCOL, "ks": sorted(set(ks)), "probes": sorted(probes), "features": sorted(features),
         "scale": list(scale) if isinstance(scale, Sequence) else scale, "size": seen["size"], "seed": seed,
@@ -95,16 +98,15 @@ def load_network(model: Run | Foreign, device: str | torch.device = "cpu") -> nn
     return load_encoder(model, device) if isinstance(model, Run) else copy.deepcopy(model.network).to(device)
 
 
-def _check_foreign(model: Foreign, train: Images, test: Images | float, scales: Sequence[float],
-                   features: Sequence[str]) -> None:  # fmt: skip
-    """Raises InputError for what an encoder of this kind does not have, or sizes of patches that it does not take."""
-    if "z" in features:
-        raise InputError(f"{model.name} is an encoder without a projector: it has h, and no z")
-    if model.size is None:
-        for pixels in (images.pixels[:1] for images in (train, test) if isinstance(images, Images)):
-            sides = {patches.native_size(scale, *pixels.shape[2:]) for scale in scales}
-            for side in {*sides, round(model.crop_of(pixels) * min(pixels.shape[2:]))}:
-                model.check(side)
+def check_sides(model: Run | Foreign, pixels: Tensor, scales: Sequence[float]) -> None:
+    """Raises InputError for an encoder that is shown crops in their own pixels, and does not take those of such images.
+
+    pixels: [N, 3, H, W], of which the crops are the centre crop, and the patches of each scale.
+    """
+    if isinstance(model, Foreign) and model.size is None:
+        sides = {patches.native_size(scale, *pixels.shape[2:]) for scale in scales}
+        for side in sorted({*sides, round(model.crop_of(pixels) * min(pixels.shape[2:]))}):
+            model.check(side)
 
 
 def _place(model: Run | Foreign, protocol: dict[str, Any]) -> Path:

@@ -11,25 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 from test_experiments import write_notebook
+from test_sizes import ASKED as LEAST
+from test_sizes import NOTEBOOKS, RECIPE, WORLDS, Began
 from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from bagssl import architectures, cli, evaluation, foreign, runs
+from bagssl import architectures, cli, data, evaluation, foreign, runs
 from bagssl.bags import default_batch, embed_bags
 from bagssl.batch import kernels, stages
 from bagssl.batch.experiments import load_experiments
+from bagssl.batch.notebook import run_cells
 from bagssl.config import PretrainConfig
 from bagssl.data import Images, load, subset
 from bagssl.errors import InputError
 from bagssl.patches import centre_crop
 from bagssl.pretraining import load_encoder, pretrain
-from bagssl.study import comparison
+from bagssl.study import claims, comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -614,6 +619,83 @@ def test_a_word_means_what_it_does_where_the_command_is_given(folder, monkeypatc
     monkeypatch.chdir(folder / "notebooks")  # negative control
     with pytest.raises(InputError, match="a.pth is not there"):
         foreign.find(f"a.pth,{ASKED}")
+
+
+@pytest.fixture
+def notebook(folder, monkeypatch) -> Callable[..., Path]:
+    """Execute a notebook's cells with encoders of others, on few images of noise, training nothing; where it wrote."""
+    for name, split in WORLDS.items():
+        monkeypatch.setitem(data.EMBEDDED, name, split)
+
+    def trains(*_, **__):
+        raise Began
+
+    def run(number: str, encoders: list[str], train: Callable = trains, **changes) -> Path:
+        monkeypatch.setattr(comparison, "pretrain", train)
+        monkeypatch.setenv("BAGSSL_OUTPUT", str(folder / "out"))
+        asked = {**RECIPE, "dataset": "few", **LEAST[number], "objective": "", "encoders": encoders, **changes}
+        with plt.rc_context():
+            run_cells(NOTEBOOKS[number], asked)
+        return folder / "out"
+
+    return run
+
+
+IN_NOTEBOOKS = {"04": {"images": 30}, "05": {"images": 30, "count": 8}, "07": {}}
+
+
+@pytest.mark.parametrize("number", IN_NOTEBOOKS)
+def test_a_notebook_asks_them_without_training_anything_in_batches_that_memory_holds(number, notebook, monkeypatch):
+    torch.save(net().state_dict(), "a.pth")
+    crops, forward = [], architectures.PatchEncoder.forward
+
+    def counted(self, patches):
+        crops.append(patches.shape)
+        return forward(self, patches)
+
+    monkeypatch.setattr(architectures.PatchEncoder, "forward", counted)
+    out = notebook(number, ["a.pth,arch=nets:net,normalise=none,size=112"], **IN_NOTEBOOKS[number])
+    assert {shape[-1] for shape in crops} == {112}
+    assert default_batch("cpu", 112) // 2 < max(shape[0] for shape in crops) <= default_batch("cpu", 112) < 200
+    records = [runs.read_json(path) for path in sorted(out.glob("runs/*/encoder.json"))]
+    assert [each["name"] for each in records] == ["a", "a-untrained-seed0"]
+    if number == "07":
+        assert list(pd.read_csv(out / "tables/accuracy.csv")["training"]) == ["a", "a, untrained"]
+        return
+    (claim,) = out.glob("tables/claim_*.csv")  # of 05 no C6, which compares h with a z
+    table = pd.read_csv(claim)
+    assert claim.stem == {"04": "claim_c4", "05": "claim_c5"}[number] and set(table["encoder"]) == {"a"}
+    if number == "04":
+        assert list(table["scale"].unique()) == [0.1, 0.25, 0.5, 0.75] and len(table) == 3 * 4
+
+
+@pytest.mark.parametrize("number", [pytest.param(each, marks=pytest.mark.nightly) for each in IN_NOTEBOOKS])
+def test_beside_ours_they_have_rows_of_their_own(number, notebook):
+    torch.save(net().state_dict(), "a.pth")
+    word = "a.pth,arch=nets:net,normalise=none,size=native"
+    out = notebook(number, [word], lambda *each, **_: pretrain(*each, progress=False), objective="simclr")
+    for path in out.glob("tables/claim_*.csv"):
+        found = claims.checked(path.stem[-2:].upper(), pd.read_csv(path, keep_default_na=False), path.name)
+        assert set(found["encoder"]) == ({""} if path.stem == "claim_c6" else {"", "a"})
+        assert (found["setting"].str.startswith("simclr") == (found["encoder"] == "")).all()
+    if number == "07":
+        assert set(pd.read_csv(out / "tables/accuracy.csv")["objective"]) == {"simclr", "none", "a", "a, untrained"}
+
+
+@pytest.mark.parametrize("number", IN_NOTEBOOKS)
+@pytest.mark.parametrize(("encoders", "answer"), [
+    (["nowhere"], "'nowhere' is no encoder"), (["b.pth,arch=nets:net"], "b.pth is not there"),
+    (["a.pth,arch=nets:net,size=8"], "normalise is needed"), (["a.pth,arch=nets:net,size=8,z=1"], "unknown option"),
+    (["l.pth,arch=nets:large,normalise=none,size=native"], "encoders and (scales|patch_scale): l takes no patches of "),
+    ([f"a.pth,{ASKED}", f"a.pth,{ASKED}".replace("8", "9")], "two networks would be called 'a' in tables"),
+    ([], "objective"),
+])  # fmt: skip
+def test_a_notebook_refuses_wrong_words_before_any_work(number, encoders, answer, notebook, monkeypatch):
+    torch.save(net().state_dict(), "a.pth"), torch.save(large().state_dict(), "l.pth")
+    monkeypatch.setattr("bagssl.bags._prepare", lambda *_: pytest.fail("something was embedded"))
+    with pytest.raises(InputError, match=answer) as refused:
+        notebook(number, encoders, objective="simclr" if encoders else "")  # before ours is trained, too
+    assert "\n" not in str(refused.value) and not Path("out").exists()
 
 
 def test_the_files_that_a_word_names_are_part_of_the_key(folder):

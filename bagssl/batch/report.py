@@ -68,7 +68,7 @@ def _profile(root: Path, name: str, experiments: list[dict[str, Any]]) -> dict[s
             shown: dict[str, list] = {}  # rule -> what it decides on, worst first
             for row in rows.to_dict("records"):
                 shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
-            datasets.append({**entry, "subject": claims.subject(entry), "caveat": claims.CLAIMS[claim].caveat,
+            datasets.append({**entry, "subject": claims.subject(entry), "notes": claims.CLAIMS[claim].notes,
                              "experiment": entry["table"].split("/")[0], "rows": shown,
                              "strip": claims.strip(claim, entry, rows)})  # fmt: skip
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)

@@ -7,12 +7,17 @@ logit; what is shared by all classes tells nothing, and the weights of a regular
 Terms are float64 [patches, images, classes], boxes int64 [patches, images, 4] (top, left, height, width) in pixels.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from bagssl.bags import patch_embeddings
 from bagssl.errors import InputError
 from bagssl.probes import Classifier
+
+BLOCK = 2**27  # numbers of embeddings kept at a time
 
 
 def terms(classifier: Classifier, embeddings: Tensor) -> Tensor:
@@ -22,6 +27,24 @@ def terms(classifier: Classifier, embeddings: Tensor) -> Tensor:
     terms.sum(0) = classifier.logits(embeddings.mean(0)) but for rounding.
     """
     return classifier.logits(embeddings) / len(embeddings)
+
+
+def take_apart(encoder: nn.Module, classifier: Classifier, pixels: Tensor, boxes: Tensor, size: int,
+               **options: Any) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The terms of all patches, and their bags by three poolings, name -> [images, dim]: the mean, the mean in float32
+    and the maximum.
+
+    boxes, size and options as in `bags.patch_embeddings`. Embeddings are kept of as many images at a time as BLOCK
+    numbers hold: on a dense grid those of a large encoder are many GiB.
+    """
+    images = torch.arange(len(pixels)).split(max(1, BLOCK // (len(boxes) * encoder.dim)))
+    every, pooled = [], {"mean": [], "mean in float32": [], "maximum": []}
+    for some in images:
+        h = patch_embeddings(encoder, pixels[some], boxes[:, some], size, **options)
+        every.append(terms(classifier, h))
+        for found, bag in zip(pooled.values(), (h.double().mean(0), h.mean(0), h.amax(0)), strict=True):
+            found.append(bag)
+    return torch.cat(every, dim=1), {name: torch.cat(found) for name, found in pooled.items()}
 
 
 def evidence_maps(terms: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:

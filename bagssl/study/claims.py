@@ -1,18 +1,20 @@
 """The ledger of claims: what the paper says, the rule that decides it, and the verdict on the evidence.
 
-The rules were fixed before the results were known, but for the second condition of C2: it was added later, and only
-makes the claim harder. Evidence is a tidy frame, one measured value with its 95 % interval per row:
+The rules were fixed before the results were known, but for two: `Claim.change` says how C2 and C4 were changed later,
+and why, and the ledger has the verdict under the rule before beside today's. Evidence is a tidy frame, one measured
+value with its 95 % interval per row:
 
     dataset, setting ("simclr, multi-scale, K = 256"), measure, value, low, high, unit
 
-and, for encoders that others trained, `encoder`. An exact check has low = high = value. A claim holds if every
-condition has rows and each row's interval lies on the right side of the threshold, and does not hold if one lies wholly
-on the wrong side: `Condition.judge` judges a row, and the worst decides (`judged`). Rows whose measure no rule names
-are kept, and decide nothing.
+and `encoder`, for encoders that others trained, and `scale`, the patches' share of the image's area, where a rule asks
+for it. An exact check has low = high = value. A claim holds if every condition has rows and each row's interval lies on
+the right side of the threshold, and does not hold if one lies wholly on the wrong side: `Condition.judge` judges a row,
+and the worst decides (`judged`). Rows whose measure no rule names, or of patches of another scale than it asks for, are
+kept, and decide nothing.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ from bagssl.study import figures, names
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
 ENCODER = "encoder"  # a further column: of models that others trained; empty for our own
+SCALE = "scale"  # a further column: the patches' share of the image's area; empty where that is of no matter
 NUMBERS = ["value", "low", "high"]
 WORDS = [ENCODER, *(name for name in COLUMNS if name not in NUMBERS)]  # a dataset may be called 007
 DRAWN = 12  # intervals drawn for a verdict at most, the worst
-LEDGER = ["claim", "dataset", ENCODER, "statement", "measure", "value", "rule", "verdict", "hardware", "table",
+FORMER = "verdict before"  # under the rule as it was before it was changed
+LEDGER = ["claim", "dataset", ENCODER, "statement", "measure", "value", "rule", "verdict", FORMER, "hardware", "table",
           "notebook"]  # fmt: skip
 
 
@@ -45,6 +49,7 @@ class Condition:
     below: float | None = None
     unit: str = ""  # what the threshold is in, and then the evidence must be too; else a plain number
     dataset: str = ""
+    added: bool = False  # since the results were known
 
     def judge(self, low: float, high: float) -> tuple[str, float]:
         """The state of an interval, and how far its unfavourable end is on the right side of the threshold."""
@@ -66,10 +71,26 @@ class Claim:
     conditions: tuple[Condition, ...]
     expected: tuple[str, ...] = ()  # datasets that the paper's claim is about: in the ledger even if not measured
     caveat: str = ""  # what the rule does not ask
+    scales: tuple[float, float] | None = None  # from which patch scale to which it decides; None: at any
+    change: str = ""  # how the rule was changed since the results were known, and why
 
     def on(self, dataset: str) -> list[Condition]:
         return [each for each in self.conditions if each.dataset in ("", dataset)]
 
+    def asked(self, evidence: pd.DataFrame) -> pd.Series:
+        """Which rows the rule asks for: those of its scales, and those that name none."""
+        if self.scales is None:
+            return pd.Series(True, index=evidence.index)
+        return evidence[SCALE].isna() | evidence[SCALE].between(*self.scales)
+
+    @property
+    def notes(self) -> str:
+        """What stands beside the conditions: the scales, what is not asked, and the change."""
+        scales = self.scales and "decided with patches of {:g} to {:g} of the image's area".format(*self.scales)
+        return "; ".join(filter(None, [scales, self.caveat, self.change and f"changed: {self.change}"]))
+
+
+SMALL = (0.2, 0.25)  # the patches that the claims are about, as shares of the image's area: the paper says small
 
 CLAIMS = {
     "C1": Claim("Self-supervised objectives model which patches occur together.", (
@@ -80,8 +101,8 @@ CLAIMS = {
     )),
     "C2": Claim("Bags of patches of one scale are on par with multi-scale training by the same objective.", (
         Condition("patch-based bag over multi-scale centre crop", above=-2, unit="points"),
-        Condition("patch-based bag over multi-scale bag", above=-2, unit="points"),
-    )),
+        Condition("patch-based bag over multi-scale bag", above=-2, unit="points", added=True),
+    ), change="the lead over the bag was not asked for before; it makes the claim harder"),
     "C3": Claim("Small patches are enough for a strong representation of the image.", (
         Condition("small-patch bag over untrained", above=0, unit="points"),
         Condition("small-patch bag over the largest scale", above=-2, unit="points"),
@@ -90,7 +111,8 @@ CLAIMS = {
         Condition("centred cosine", above=0.8),
         Condition("centred cosine over another image's patches", above=0),
         Condition("centred cosine over an untrained encoder", above=0),
-    )),
+    ), scales=SMALL, change="before, patches of whatever scale was asked for decided; large ones come near to the "
+                            "whole image by being nearly all of it"),
     "C5": Claim("The representation is local in its patches and invariant in their bag.", (
         Condition("position R2 of patches", above=0),
         Condition("neighbours of the same class over chance", above=0),
@@ -118,7 +140,8 @@ def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> "Ruling":
     Raises InputError for evidence that cannot be judged.
     """
     rows = checked(claim, frame, f"evidence for {claim}")
-    written = rows if rows[ENCODER].any() else rows[COLUMNS]
+    further = {SCALE: rows[SCALE].notna().any(), ENCODER: rows[ENCODER].any()}
+    written = rows[[*COLUMNS, *(name for name, used in further.items() if used)]]
     shown = written[[name for name in ("dataset", ENCODER, "setting", "measure") if name in written]]
     shown = shown.assign(value=[text(row) for row in rows.to_dict("records")])
     figures.write_table(written, output, f"claim_{claim.lower()}", shown)
@@ -126,17 +149,19 @@ def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> "Ruling":
 
 
 def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Evidence with its encoder, numbers as numbers. InputError, one line from `where` on, if it cannot be judged."""
+    """Evidence with its encoder and scale, numbers as numbers. InputError, in one line that begins with `where`, if it
+    cannot be judged."""
     if claim not in CLAIMS:
         raise InputError(f"{where}: no such claim; known: {', '.join(CLAIMS)}")
     if missing := [name for name in COLUMNS if name not in frame]:
         raise InputError(f"{where}: missing columns: {', '.join(missing)}")
-    rows = _with_encoder(frame)[[*COLUMNS, ENCODER]].reset_index(drop=True)
-    rows[NUMBERS] = rows[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    rows = _complete(frame)[[*COLUMNS, SCALE, ENCODER]].reset_index(drop=True)
+    rows[[*NUMBERS, SCALE]] = rows[[*NUMBERS, SCALE]].apply(pd.to_numeric, errors="coerce").astype(float)
     units = {each.measure: each.unit for each in CLAIMS[claim].conditions if each.unit}
     faults = {
         "value, low and high must be finite numbers": ~np.isfinite(rows[NUMBERS]).all(axis=1),
         "low is above high": rows["low"] > rows["high"],
+        "its scale is no share of an image's area": (rows[SCALE] <= 0) | (rows[SCALE] > 1),
         "its unit is not that of its rule": [units.get(row.measure, row.unit) != row.unit for row in rows.itertuples()],
     }
     for fault, wrong in faults.items():
@@ -151,13 +176,15 @@ def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
     return rows
 
 
-def _with_encoder(evidence: pd.DataFrame) -> pd.DataFrame:
-    return evidence if ENCODER in evidence else evidence.assign(**{ENCODER: ""})
+def _complete(evidence: pd.DataFrame) -> pd.DataFrame:
+    """With the columns that evidence may lack: of our own models, and of no scale."""
+    return evidence.assign(**{name: nothing for name, nothing in ((ENCODER, ""), (SCALE, np.nan))
+                              if name not in evidence})  # fmt: skip
 
 
 def subjects(evidence: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Of what a claim is decided, each in turn: the dataset, the encoder, and their rows."""
-    for (dataset, encoder), own in _with_encoder(evidence).groupby(["dataset", ENCODER], sort=False):
+    for (dataset, encoder), own in _complete(evidence).groupby(["dataset", ENCODER], sort=False):
         yield dataset, encoder, own
 
 
@@ -187,16 +214,40 @@ def judged(claim: str, evidence: pd.DataFrame) -> pd.DataFrame:
 
     A condition without evidence has one undecided row without a value.
     """
+    about = CLAIMS[claim]
+    return _judged(evidence, {dataset: about.on(dataset) for dataset in evidence["dataset"]}, about.asked)
+
+
+def _judged(evidence: pd.DataFrame, rules: Mapping[str, list[Condition]],
+            asked: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:  # fmt: skip
     found = []
     for dataset, _, own in subjects(evidence):
-        for rank, each in enumerate(CLAIMS[claim].on(dataset)):
-            rows = own[own["measure"] == each.measure].to_dict("records")
-            nothing = {**own.iloc[0], "setting": "", "measure": each.measure, **dict.fromkeys(NUMBERS, np.nan)}
+        for rank, each in enumerate(rules[dataset]):
+            rows = own[(own["measure"] == each.measure) & asked(own)].to_dict("records")
+            unknown = dict.fromkeys([*NUMBERS, SCALE], np.nan)
+            nothing = {**own.iloc[0], "setting": "", "measure": each.measure, **unknown}
             for row in rows or [nothing]:
                 state, margin = each.judge(row["low"], row["high"])
                 order = (FAILS, UNDECIDED, HOLDS).index(state)
                 found.append({**row, "state": state, "rule": str(each), "by": (order, rank, margin)})
     return pd.DataFrame(sorted(found, key=lambda row: row["by"]))
+
+
+def former(claim: str, evidence: pd.DataFrame) -> str:
+    """The verdict on one subject's evidence under the rule before it was changed; empty if it never was.
+
+    That is without the conditions that were added, and at each patch scale, as whichever was asked for decided: `does
+    not hold at 0.2; holds at 0.4, 0.7`.
+    """
+    about, found = CLAIMS[claim], {}
+    if not about.change or evidence.empty:
+        return ""
+    dataset = evidence["dataset"].iloc[0]
+    rules = {dataset: [each for each in about.on(dataset) if not each.added]}
+    for scale, own in evidence.groupby(SCALE, dropna=False) if about.scales else [(np.nan, evidence)]:
+        state = _judged(own, rules, lambda rows: rows["measure"].notna()).iloc[0]["state"]
+        found.setdefault(state, []).extend([] if np.isnan(scale) else [f"{scale:g}"])
+    return "; ".join(f"{state} at {', '.join(scales)}" if scales else state for state, scales in found.items())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -220,8 +271,9 @@ class Ruling:
     @property
     def rows(self) -> pd.DataFrame:
         """Every row of the evidence, what decides first, as text."""
-        named = [each.measure for each in CLAIMS[self.claim].conditions]
-        others = self.evidence[~self.evidence["measure"].isin(named)].assign(state="decides nothing", rule="")
+        about = CLAIMS[self.claim]
+        named = self.evidence["measure"].isin([each.measure for each in about.conditions])
+        others = self.evidence[~(named & about.asked(self.evidence))].assign(state="decides nothing", rule="")
         rows = pd.concat([judged(self.claim, self.evidence), others], ignore_index=True).fillna({"rule": ""})
         rows["measured"] = [text(row) for row in rows.to_dict("records")]
         rows["asked"] = [row.rule.removeprefix(row.measure).strip() or figures.DASH for row in rows.itertuples()]
@@ -236,8 +288,10 @@ class Ruling:
         verdicts = " ".join(f"{names.cell(subject(each) or 'Evidence')}: **{each['verdict']}**."
                             for each in self.entries)  # fmt: skip
         about = CLAIMS[self.claim]
-        caveat = f" ({about.caveat})" * bool(about.caveat)
-        return f"**{self.claim}**: {about.statement} {verdicts}{caveat}\n\n{figures.markdown(self.rows)}"
+        notes = f" ({names.cell(about.notes)})" * bool(about.notes)
+        before = "".join(f" Before the change, {names.cell(subject(each))}: {each[FORMER]}."
+                         for each in self.entries if each[FORMER])  # fmt: skip
+        return f"**{self.claim}**: {about.statement} {verdicts}{notes}{before}\n\n{figures.markdown(self.rows)}"
 
     def _repr_html_(self) -> str:
         rows = judged(self.claim, self.evidence)
@@ -290,7 +344,7 @@ def hardware(folder: Path) -> str:
 
 def collect(results: Path, profile: str) -> pd.DataFrame:
     """All evidence of a profile, with claim, experiment, hardware, and the table and notebook that hold it."""
-    found = [pd.DataFrame(columns=[*COLUMNS, ENCODER, "claim", "experiment", "hardware", "table", "notebook"])]
+    found = [pd.DataFrame(columns=[*COLUMNS, SCALE, ENCODER, "claim", "experiment", "hardware", "table", "notebook"])]
     for folder in experiment_folders(results, profile):
         for path in sorted(folder.glob("tables/claim_c*.csv")):
             claim = path.stem.removeprefix("claim_").upper()
@@ -320,9 +374,10 @@ def ledger(results: Path, profile: str) -> pd.DataFrame:
 
 def _entry(claim: str, dataset: str, encoder: str, evidence: pd.DataFrame) -> dict[str, str]:
     about = CLAIMS[claim]
-    rule = "; ".join(filter(None, [*map(str, about.on(dataset) if dataset else about.conditions), about.caveat]))
+    rule = "; ".join(filter(None, [*map(str, about.on(dataset) if dataset else about.conditions), about.notes]))
     entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, ENCODER: encoder,
-             "statement": about.statement, "rule": rule, "verdict": MISSING}  # fmt: skip
+             "statement": about.statement, "rule": rule, "verdict": MISSING,
+             FORMER: former(claim, evidence)}  # fmt: skip
     if evidence.empty:
         return entry
     rows = judged(claim, evidence)
@@ -338,7 +393,7 @@ def write_ledger(results: Path, profile: str) -> pd.DataFrame:
     found = ledger(results, profile)
     links = [f"[table]({quote(row.table)}), [notebook]({quote(row.notebook)})" if row.table else ""
              for row in found.itertuples()]  # fmt: skip
-    silent = ["table", "notebook", *([] if found[ENCODER].any() else [ENCODER])]
+    silent = ["table", "notebook", *(name for name in (ENCODER, FORMER) if not found[name].any())]
     shown = found.drop(columns=silent).assign(evidence=links).replace("", figures.DASH)
     with write_atomically(Path(results) / profile / "claims.csv") as path:
         found.to_csv(path, index=False, lineterminator="\n")

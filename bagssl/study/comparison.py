@@ -1,5 +1,6 @@
 """The comparison of claim C2: arms of one objective that differ only in their crops, over seeds."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -66,12 +67,18 @@ def others(words: Sequence[str], images: Images, **options: Any) -> list[tuple[R
     """Each encoder that a word names, see words.py, and its network with random weights, as a control.
 
     Of a run of ours the control is the untrained run of its configuration, found or made as by `pretrain`. Raises
-    InputError for a word that names no encoder, or one named twice.
+    InputError for a word that names no encoder, one named twice, or two that tables would call the same.
     """
     found = foreign.find_all(words)
-    return [(model, foreign.load(word, untrained=0) if isinstance(model, Foreign) else
-             pretrain(PretrainConfig.from_dict({**model.config, "training": "untrained"}), images, **options))
-            for word, model in zip(join(words), found, strict=True)]  # fmt: skip
+    pairs = [(model, foreign.load(word, untrained=0) if isinstance(model, Foreign) else
+              pretrain(PretrainConfig.from_dict({**model.config, "training": "untrained"}), images, **options))
+             for word, model in zip(join(words), found, strict=True)]  # fmt: skip
+    called: dict[str, Path] = {}
+    for model in itertools.chain(*pairs):
+        if called.setdefault(label(model), model.path) != model.path:
+            raise InputError(f"encoders: two networks would be called {label(model)!r} in tables: give the files other "
+                             "names, or look at one after the other")  # fmt: skip
+    return pairs
 
 
 def label(model: Run | Foreign) -> str:
@@ -210,6 +217,8 @@ def provenance(output: Path, trained: Sequence[Run | Foreign], images: Mapping[s
                parameters: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """What made the results, as a table; the records of the runs (all but their weights) are copied to output/runs."""
     for run in trained:
+        if isinstance(run, Foreign):
+            run.keep()
         copy_folder(run.path, output / "runs" / run.path.name, ("weights*.safetensors", "checkpoint.pt", ".*"))
     record = runs.provenance()
     rows = {**record["versions"], **record["hardware"], "commit": record["commit"], "changed since": record["dirty"],

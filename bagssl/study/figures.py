@@ -230,6 +230,15 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
                 figure.savefig(path, format=suffix, dpi=200, metadata=metadata)
 
 
+def panels(count: int, across: int = 3, high: float = 3.0, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in rows of `across`, each `high` inches high. options: of `plt.subplots`."""
+    rows = -(-count // across)
+    figure, axes = plt.subplots(rows, min(count, across), figsize=(7, high * rows), squeeze=False, **options)
+    for spare in axes.flat[count:]:
+        spare.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
 def accuracy_against_k(frame: pd.DataFrame, feature: str = "h", heading: str | None = None) -> Figure:
     """Accuracy of a bag against its number of patches K, one panel per probe, one line per arm.
 

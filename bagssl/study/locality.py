@@ -58,13 +58,15 @@ def estimate(measure: Ratio, minus: Ratio | None = None, seed: int = 0) -> Estim
     return intervals.bootstrap(columns, value, seed)[0]
 
 
-def features(encoder: nn.Module, projector: nn.Module, pixels: Tensor, boxes: Tensor, size: int,
+def features(encoder: nn.Module, projector: nn.Module | None, pixels: Tensor, boxes: Tensor, size: int,
              **options) -> dict[str, Tensor]:
-    """{"h": embeddings [K, N, dim], "z": projections [K, N, D]} of boxes [K, N, 4], on the CPU.
+    """{"h": embeddings [K, N, dim], "z": projections [K, N, D]} of boxes [K, N, 4], on the CPU; no z of no projector.
 
     The rest as in `bags.patch_embeddings`; the projector works where it lies.
     """
     h = bags.patch_embeddings(encoder, pixels, boxes, size, **options)
+    if projector is None:
+        return {"h": h}
     device = next((parameter.device for parameter in projector.parameters()), "cpu")
     with torch.inference_mode():
         z = torch.cat([projector(block.to(device)).float().cpu() for block in h.flatten(0, 1).split(2**14)])
@@ -80,6 +82,8 @@ def another(count: int, seed: int = 0) -> Tensor:
 
 
 # ---- C4: the whole image and the mean of its patches
+
+C4 = ("centred cosine", "centred cosine over another image's patches", "centred cosine over an untrained encoder")
 
 
 def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
@@ -102,6 +106,14 @@ def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
                     "image": own.numpy(), "k": k, "patches": name, "centred": centred,
                     "cosine": F.cosine_similarity(mean[index], target).numpy(), "error": error.numpy()}))  # fmt: skip
     return pd.concat(frames, ignore_index=True)
+
+
+def nearness(near: pd.DataFrame, floor: pd.DataFrame) -> dict[str, Estimate]:
+    """The measures of `C4` by the largest bags, from `convergence` of an encoder and of its untrained control."""
+    own, other, control = (
+        share(rows[rows["centred"] & (rows["patches"] == patches) & (rows["k"] == rows["k"].max())].sort_values("image")
+              ["cosine"]) for rows, patches in ((near, "own"), (near, "another image's"), (floor, "own")))  # fmt: skip
+    return dict(zip(C4, (estimate(own), estimate(own, minus=other), estimate(own, minus=control)), strict=True))
 
 
 def sampling_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
@@ -305,10 +317,11 @@ def check_measures(pixels: Tensor, *, scale: float, count: int, shifts: Sequence
     inner_boxes(1, pixels[:1], scale, shifts)
 
 
-def measures(encoder: nn.Module, projector: nn.Module, pixels: Tensor, labels: Tensor, *, scale: float, size: int,
-             count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0,
+def measures(encoder: nn.Module, projector: nn.Module | None, pixels: Tensor, labels: Tensor, *, scale: float,
+             size: int, count: int = 16, shifts: Sequence[int] = (1, 2, 4), k: int = 10, seed: int = 0,
              **options) -> dict[tuple[str, str, str], Ratio]:
-    """All of the above on `count` patches per image: {("h" or "z", "patch" or "bag", name): measure}.
+    """All of the above on `count` patches per image: {("h" or "z", "patch" or "bag", name): measure}; of h alone
+    without a projector.
 
     Names: "position R2" (of patches alone), those of `neighbours`, each also with " by chance", and those of
     `changes` with " sensitivity" and " sensitivity, whitened". A bag is the mean over the `count` patches; for

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from bagssl import data, patches
+from bagssl import data, evaluation, patches
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import InputError
 from bagssl.evaluation import held_out_places
+from bagssl.foreign import Foreign
+from bagssl.runs import Run
 
 
 def check_count(name: str, count: int, available: int, least: int = 0) -> None:
@@ -60,6 +62,13 @@ def check_scales(name: str, scales: Sequence[float], images: Images) -> None:
             raise InputError(f"{name} = {scale:g} must lie in (0, 1]: it is a share of the image's area")
         if round(math.sqrt(scale * height * width)) < 1:
             raise InputError(f"{name} = {scale:g} of {height}×{width} px is less than a pixel: raise it")
+
+
+def check_sides(name: str, models: Iterable[Run | Foreign], scales: Sequence[float], images: Images) -> None:
+    """Raises InputError where an encoder that others trained takes no patches of such a scale in their own pixels."""
+    for model in models:
+        with named(f"encoders and {name}"):
+            evaluation.check_sides(model, images.pixels, scales)
 
 
 def check_grid(name: str, stride: int, scale: float, images: Images) -> None:

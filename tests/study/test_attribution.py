@@ -93,6 +93,25 @@ def test_a_network_s_bag_is_the_sum_of_its_patches():
     assert (attribution.terms(probe, single.flip(1)).sum(0) - probe.logits(bags)).abs().max() > 1e-2
 
 
+def test_an_encoder_is_taken_apart_in_as_few_images_at_a_time_as_memory_holds(monkeypatch):
+    pixels, labels, _ = generate(30, seed=5)
+    encoder = build_encoder("resnet10", 4).eval()
+    boxes = patches.grid_boxes(32, 32, 14, 6)[:, None].expand(-1, 30, -1)
+    single = patch_embeddings(encoder, pixels, boxes, 8)
+    probe = probes.fit_linear(single.mean(0), labels, regularisations=[1e-2])
+    held = []
+    monkeypatch.setattr(attribution, "patch_embeddings", lambda *each: held.append(patch_embeddings(*each)) or held[-1])
+    for block, times in ((attribution.BLOCK, 1), (7 * len(boxes) * encoder.dim, 5), (1, 30)):
+        monkeypatch.setattr(attribution, "BLOCK", block)
+        held.clear()
+        terms, pooled = attribution.take_apart(encoder, probe, pixels, boxes, 8)
+        assert len(held) == times and max(each.numel() for each in held) <= max(block, len(boxes) * encoder.dim)
+        assert torch.allclose(terms, attribution.terms(probe, single), atol=1e-5)
+        bags = {"mean": single.double().mean(0), "mean in float32": single.mean(0), "maximum": single.amax(0)}
+        assert all(torch.allclose(pooled[name], bag, atol=1e-5) for name, bag in bags.items()) and len(pooled) == 3
+        assert not torch.allclose(terms, attribution.terms(probe, single.flip(1)), atol=1e-2)  # images in their order
+
+
 # ---- evidence on the pixels
 
 

@@ -125,6 +125,53 @@ def test_a_measure_that_no_rule_names_decides_nothing():
     assert verdict("C4", pd.concat([evidence("C4", "cifar10"), more])) == HOLDS
 
 
+# ---- rules that were changed
+
+
+def at_scales(**nearness: float) -> pd.DataFrame:
+    """Evidence for C4: how far the centred cosine is above its threshold with patches of each scale."""
+    return pd.concat([evidence("C4", "cifar10", {0: shift}).assign(scale=float(scale[1:]) / 100, setting=scale)
+                      for scale, shift in nearness.items()])  # fmt: skip
+
+
+@pytest.mark.parametrize(("frame", "now", "before"), [
+    (at_scales(s20=-0.2, s40=0.07, s66=0.16), FAILS, "does not hold at 0.2; holds at 0.4, 0.66"),
+    (at_scales(s10=-0.3, s20=0.05, s25=0.06, s66=0.1), HOLDS, "does not hold at 0.1; holds at 0.2, 0.25, 0.66"),
+    (at_scales(s20=0.05, s25=-0.01), FAILS, "holds at 0.2; does not hold at 0.25"),  # all of the scales that decide
+    (at_scales(s10=0.1, s66=0.1), UNDECIDED, "holds at 0.1, 0.66"),  # none of them was asked
+    (evidence("C4", "cifar10"), HOLDS, HOLDS), (evidence("C4", "cifar10", {0: -0.1}), FAILS, FAILS),  # no scale
+])  # fmt: skip
+def test_c4_is_decided_at_small_patches_and_the_verdict_before_is_told_of_each_scale(frame, now, before):
+    (entry,) = claims.Ruling("C4", checked := claims.checked("C4", frame, "")).entries
+    assert (entry["verdict"], entry[claims.FORMER]) == (now, before)
+    assert "0.2 to 0.25" in entry["rule"] and "changed: " in entry["rule"]
+    if now == UNDECIDED:
+        assert entry["value"] == MISSING
+    shown = claims.Ruling("C4", checked)
+    nothing = int((~checked["scale"].between(0.2, 0.25) & checked["scale"].notna()).sum())
+    assert shown.rows["state"].tolist().count("decides nothing") == nothing
+    for text in (shown._repr_markdown_(), shown._repr_html_()):
+        assert before in text.replace("\\", "") and "0.2 to 0.25" in text
+
+
+def test_the_verdict_before_leaves_out_what_was_added_and_a_rule_that_was_kept_has_none():
+    (entry,) = claims.Ruling("C2", claims.checked("C2", evidence("C2", "cifar10", {1: -1.0}), "")).entries
+    assert (entry["verdict"], entry[claims.FORMER]) == (FAILS, HOLDS)
+    (entry,) = claims.Ruling("C2", claims.checked("C2", evidence("C2", "cifar10", {0: -1.0}), "")).entries
+    assert (entry["verdict"], entry[claims.FORMER]) == (FAILS, FAILS)
+    (entry,) = claims.Ruling("C7", claims.checked("C7", evidence("C7", "cifar10"), "")).entries
+    assert entry[claims.FORMER] == "" and "changed" not in entry["rule"]
+
+
+def test_scales_read_back_from_the_table_and_stand_in_the_ledger(tmp_path):
+    frame = pd.concat([at_scales(s20=-0.2, s66=0.1), at_scales(s20=0.05, s66=0.1).assign(encoder="theirs")])
+    experiment(tmp_path, "one", {"C4": frame.fillna({"encoder": ""})})
+    found = claims.write_ledger(tmp_path, "smoke").query("claim == 'C4'").set_index("encoder")
+    assert found["verdict"].to_dict() == {"": FAILS, "theirs": HOLDS}
+    assert found[claims.FORMER].to_dict() == {"": "does not hold at 0.2; holds at 0.66", "theirs": "holds at 0.2, 0.66"}
+    assert claims.FORMER in (tmp_path / "smoke/claims.md").read_text()
+
+
 GOOD = row(CLAIMS["C2"].conditions[0], 5.0, 1.0)
 
 
@@ -135,7 +182,7 @@ GOOD = row(CLAIMS["C2"].conditions[0], 5.0, 1.0)
     ("C2", [GOOD, {**GOOD, "high": "many\nlines"}], "finite"),
     ("C2", [{**GOOD, "high": float("inf")}], "finite"),
     ("C2", [GOOD, {**GOOD, "low": 5.0, "high": 4.0}], "low is above high"),
-    ("C2", [{**GOOD, "unit": "%"}], "unit"),
+    ("C2", [{**GOOD, "unit": "%"}], "unit"), ("C2", [{**GOOD, "scale": 20}], "no share of an image's area"),
     ("C2", [{**GOOD, "measure": "patch based bag"}], "none of its measures is in the rule"),
     ("C1", [{**GOOD, "measure": "correlation, spectral"}], "none of its measures is in the rule"),
 ])  # fmt: skip
@@ -256,7 +303,8 @@ def test_the_ledger_has_a_row_per_claim_and_dataset_with_the_worst_value(tmp_pat
     found = entry(ledger, "C2", "cifar10")
     assert found["verdict"] == UNDECIDED and found["value"] == "-1.5 points (-2.5 to -0.5); worst of 4: arm 0.5"
     sides = ("centre crop", "bag")
-    assert found["rule"] == "; ".join(f"patch-based bag over multi-scale {side} above -2 points" for side in sides)
+    rule = [f"patch-based bag over multi-scale {side} above -2 points" for side in sides]
+    assert found["rule"] == "; ".join([*rule, CLAIMS["C2"].notes]) and "harder" in CLAIMS["C2"].notes
     assert (found["table"], found["notebook"]) == ("one/tables/claim_c2.csv", "one/one.ipynb")
     assert entry(ledger, "C2", "synthetic")["verdict"] == HOLDS
     assert entry(ledger, "C2", "synthetic")["hardware"] == "Difference engine, 2 cores"

@@ -138,6 +138,19 @@ def test_what_levels_off_is_told_from_what_falls():
     assert abs(locality.levelling(embedded)[0].value) < 0.3
 
 
+def test_nearness_is_that_of_the_largest_bags_and_its_control():
+    drawn, centre = normal(64, 200, 16), normal(200, 16, seed=1)
+    embedded = [{0: centre, **nested(drawn + kept * centre)} for kept in (1, 0)]
+    near, far = map(locality.convergence, embedded)
+    cosine, over_other, over_control = locality.nearness(near, far).values()
+    mean, whole = (embedded[0][k] - embedded[0][k].mean(0) for k in (64, 0))
+    assert cosine.value == pytest.approx(torch.cosine_similarity(mean, whole).mean().item()) and cosine.value > 0.95
+    assert cosine.low < cosine.value < cosine.high and over_other.value > 0.8 and over_control.value > 0.8
+    # the control: an encoder whose patches say nothing of the whole, compared with itself
+    nothing, _, itself = locality.nearness(far, far).values()
+    assert abs(nothing.value) < 0.1 and itself.value == 0
+
+
 # ---- position
 
 
@@ -306,6 +319,15 @@ def test_projections_are_those_of_the_embeddings():
     found = locality.features(COLOUR, head, pixels, boxes, 8)
     both = bags.patch_embeddings(nn.Sequential(COLOUR, head), pixels, boxes, 8)
     assert found["h"].shape == (4, 6, 3) and torch.allclose(found["z"], both, atol=1e-5)
+
+
+def test_without_a_projector_there_is_h_alone():
+    pixels, boxes = noise(12, 24), random_boxes(4, 12, 24)
+    assert set(locality.features(COLOUR, None, pixels, boxes, 8)) == {"h"}
+    how = {"scale": 0.2, "size": 8, "count": 2, "shifts": [1], "k": 2, "progress": False}
+    alone, both = (locality.measures(COLOUR, head, pixels, LABELS, **how) for head in (None, nn.Identity()))
+    assert set(alone) == {key for key in both if key[0] == "h"} and len(both) == 2 * len(alone)
+    assert all(np.array_equal(alone[key].over, both[key].over) for key in alone)
 
 
 def test_whitening_makes_spaces_equal_that_differ_in_their_axes_alone():

@@ -89,6 +89,7 @@ REFUSED = [  # notebook, what is asked, and what the refusal names
     ("04", {"images": 31}, "images = 31 of 30"), ("04", {"images": 1}, "images"), ("04", {"ks": [1, 2]}, "ks"),
     ("04", {"ks": [4, 2, 1]}, "ks"), ("04", {"ks": [0, 1, 2, 4]}, "ks"),
     ("04", {"recipe": {"grid": 16}}, "grid"),
+    ("04", {"scales": [0.2, 1.5]}, "scales"), ("04", {"scales": [0]}, "scales"),
     ("05", {"images": 41}, "images"), ("05", {"images": 7}, "images"), ("05", {"queries": [3, 12]}, "queries"),
     ("05", {"queries": []}, "queries"), ("05", {"queries": [-1]}, "queries"), ("05", {"k": 23}, "k = 23"),
     ("05", {"count": 1}, "count"), ("05", {"shifts": [9]}, "shifts"), ("05", {"shifts": []}, "shifts"),
