@@ -11,11 +11,12 @@ comes within $BAGSSL_TIMEOUT seconds (300), or all end. In a process that is alo
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import pickle
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,20 +29,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from bagssl.errors import InputError, Lost, OneLine
+from bagssl.paths import cores
+from bagssl.ranks import launched, rank
 
 T = TypeVar("T")
 _TRANSPORT = r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|recvValue|sendBytes"  # who is not there
 _turns = itertools.count()  # parts of the store that this process has asked for
-
-
-def launched() -> int:
-    """How many processes the launcher has started, one without it."""
-    return int(os.environ.get("WORLD_SIZE") or 1) if "MASTER_ADDR" in os.environ else 1
-
-
-def rank() -> int:
-    """This one's number among them."""
-    return int(os.environ.get("RANK") or 0) if launched() > 1 else 0
 
 
 def ranks() -> int:
@@ -67,6 +60,25 @@ def timeout() -> float:
         if 0 < (seconds := float(named)) < 1e9:
             return seconds
     raise InputError(f"BAGSSL_TIMEOUT = {named!r} is not a number of seconds")
+
+
+def launch(processes: int, words: Sequence[str]) -> int:
+    """`bagssl WORDS` in so many processes of this machine, as torchrun starts them, which ends with a code of its own:
+    here it is that of the first process that failed, or 130 after Ctrl-C.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.CRITICAL)  # the processes say themselves what it is
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    try:
+        run.main(["--standalone", f"--nproc-per-node={processes}", "-m", "bagssl.cli", *words])
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        return max(error.get_first_failure()[1].exitcode, 1)
+    return 0
 
 
 # ---- who leads, and how all end

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bagssl.distributed import rank
+from bagssl.ranks import rank
 
 
 @contextmanager
