@@ -37,11 +37,11 @@ def recomputed(forward: Callable[[Tensor], Tensor], module: nn.Module) -> Callab
 @contextlib.contextmanager
 def _counted(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Batch-norms whose running statistics stay as they are: these patches are in them already."""
-    before = [norm.track_running_stats for norm in norms]
-    for norm in norms:
-        norm.track_running_stats = False
+    before = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, before, strict=True):
+        norm._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
     try:
         yield
     finally:
-        for norm, kept in zip(norms, before, strict=True):
-            norm.track_running_stats = kept
+        for norm, buffers in zip(norms, before, strict=True):
+            norm._buffers.update(buffers)

@@ -4,6 +4,7 @@ Executed as a script by torchrun this file is what the processes of the tests do
 """
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -36,7 +37,7 @@ CASES = {name: {"objective": name, **COLOURED} for name in OBJECTIVES} | {
 SPARED = {f"{name}, {' and '.join(how)}": (name, dict.fromkeys(how, True))
           for name, how in (("simclr", ["recompute"]), ("groups", ["accumulate"]),
                             ("groups of simclr", ["accumulate", "recompute"]), ("moco", ["recompute"]))}  # fmt: skip
-CURVES = ("simclr", "byol", "tcr")
+CURVES = ("simclr", "byol")
 RESUMED = {"objective": "vicreg", "seed": 5}
 
 
@@ -175,6 +176,7 @@ def worlds(tmp_path_factory):
     return folder
 
 
+@functools.cache
 def found(worlds, count):
     return [torch.load(worlds / f"steps-{count}-{rank}.pt") for rank in range(count)]
 
