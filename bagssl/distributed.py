@@ -10,10 +10,11 @@ comes within $BAGSSL_TIMEOUT seconds (300), or all end. In a process that is alo
 
 import contextlib
 import functools
+import io
 import itertools
+import json
 import logging
 import os
-import pickle
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from bagssl import errors
 from bagssl.errors import InputError, Lost, OneLine
 from bagssl.paths import cores
 from bagssl.ranks import launched, rank
@@ -96,7 +98,8 @@ def _store() -> dist.Store:
 
 @contextlib.contextmanager
 def led(claim: AbstractContextManager[T]) -> Iterator[T]:
-    """Around a training: the first process enters `claim`, all get what it gives, none leaves before the first has.
+    """Around a training: the first process enters `claim`, all get what it gives (as JSON has it: lists, numbers,
+    text), none leaves before the first has.
 
     What ends one with a line ends all with that line; one that is gone, or hangs, ends the others with Lost.
     """
@@ -111,18 +114,18 @@ def led(claim: AbstractContextManager[T]) -> Iterator[T]:
             _told(store, "left")
             return
         with claim as found:
-            store.set("claimed", pickle.dumps(found))
+            store.set("claimed", json.dumps(found))
             yield found
-        store.set("left", pickle.dumps(None))
+        store.set("left", "null")
 
 
 def _told(store: dist.Store, key: str) -> Any:
     """What the first process says; it may be waiting for a lock, so there is no limit but a launcher's patience."""
     while not store.check([key]):
         if store.check(["end"]):
-            raise pickle.loads(store.get("end"))
+            raise _read(store.get("end"))
         time.sleep(0.1)
-    return pickle.loads(store.get(key))
+    return json.loads(store.get(key))
 
 
 @contextlib.contextmanager
@@ -132,13 +135,22 @@ def _one_end(store: dist.Store) -> Iterator[None]:
     except Exception as error:
         gone = isinstance(error, RuntimeError) and re.search(_TRANSPORT, str(error))
         if isinstance(error, OneLine) or not gone:
-            store.set("end", pickle.dumps(error if isinstance(error, OneLine) else _lost("has failed")))
+            store.set("end", _written(error if isinstance(error, OneLine) else _lost("has failed")))
             raise
         late = re.search("[Tt]ime", str(error))
         said = _lost(f"has not answered for {timeout():g} s (BAGSSL_TIMEOUT)" if late else "has ended")
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
-            said = pickle.loads(store.compare_set("end", "", pickle.dumps(said)))
+            said = _read(store.compare_set("end", "", _written(said)))
         raise said from None
+
+
+def _written(error: OneLine) -> str:
+    return json.dumps({"kind": type(error).__name__, "said": str(error), **vars(error)})
+
+
+def _read(written: bytes) -> OneLine:
+    values = json.loads(written)
+    return getattr(errors, values.pop("kind"))(values.pop("said"), **values)
 
 
 def _lost(how: str) -> Lost:
@@ -219,12 +231,19 @@ def agreed(reason: int) -> int:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes; with several, tensors in it should lie on the CPU."""
+    """What the first process makes: tensors, numbers, text, in lists and mappings; of several processes, on the CPU."""
     if ranks() == 1:
         return make()
-    made = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(made, device=torch.device("cpu"))
-    return made[0]
+    content = io.BytesIO()
+    if rank() == 0:
+        torch.save(make(), content)
+    count = torch.tensor([content.tell()])
+    dist.broadcast(count, 0)
+    whole = torch.empty(int(count), dtype=torch.uint8)
+    if rank() == 0:
+        whole[:] = torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
+    dist.broadcast(whole, 0)
+    return torch.load(io.BytesIO(whole.numpy()), map_location="cpu", weights_only=True)
 
 
 # ---- batch-norm over all

@@ -72,7 +72,8 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
     device = distributed.own(torch.device(pick_device(device)))
     compiled = pick_compiled(compiled, device, crops, plain=distributed.launched() > 1 or accumulate or recompute)
     deadline = budget.deadline(time_limit)
-    with distributed.led(_claimed(config, images, root, deadline)) as (run, left):
+    with distributed.led(_claimed(config, images, root, deadline)) as (path, left):
+        run = Run(Path(path))
         if left:
             with distributed.group(device):
                 how = device, pick_precision(precision, device), compiled, accumulate, recompute
@@ -91,19 +92,19 @@ def _check_shares(config: PretrainConfig, accumulate: bool) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(config: PretrainConfig, images: Images, root: Path | None, deadline: float) -> Iterator[tuple[Run, bool]]:
-    """The run, and whether there is training left; it is held then."""
+def _claimed(config: PretrainConfig, images: Images, root: Path | None, deadline: float) -> Iterator[tuple[str, bool]]:
+    """The run's folder, and whether there is training left; it is held then."""
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
         run.check()
         runs.drop_checkpoint(run)  # killed when nothing but this was left to do
-        yield run, False
+        yield str(run.path), False
         return
     with runs.locked(run, deadline):
         left = not run.finished  # it may have been finished while we waited
         if left:
             runs.reopen(run)
-        yield run, left
+        yield str(run.path), left
 
 
 # ---- the mathematics
