@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from bagssl import __version__
-from bagssl.errors import Diverged, InputError, Stopped, shortage
+from bagssl.errors import Diverged, InputError, Lost, Stopped, shortage
 
 TOP5_FROM = 100  # classes
 # What a disk refuses, does not know, or no longer answers; any other OSError is a bug.
@@ -134,8 +134,8 @@ def data_check(arguments: argparse.Namespace) -> None:
     print(f"{arguments.name}: as it was written", table([*fingerprints.items()]), sep="\n")
 
 
-def pretrain(arguments: argparse.Namespace) -> None:
-    from bagssl import data, pretraining
+def pretrain(arguments: argparse.Namespace) -> int | None:
+    from bagssl import data, distributed, pretraining
     from bagssl.config import PretrainConfig
     from bagssl.parameters import conform
 
@@ -148,8 +148,12 @@ def pretrain(arguments: argparse.Namespace) -> None:
             given[name] = getattr(arguments, name)
     typed = {name: conform(name, value, types[name]) if name in types else value for name, value in given.items()}
     config = PretrainConfig.from_dict(typed)
-    run = pretraining.pretrain(config, data.load(config.dataset, "train"), time_limit=arguments.time_limit)
-    print(os.path.relpath(run.path))
+    if arguments.processes > distributed.launched() == 1:
+        return distributed.launch(arguments.processes, arguments.words)
+    run = pretraining.pretrain(config, data.load(config.dataset, "train"), accumulate=arguments.accumulate,
+                               recompute=arguments.recompute, time_limit=arguments.time_limit)
+    if not distributed.rank():
+        print(os.path.relpath(run.path))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -290,6 +294,13 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--training", help="patch-based or multi-scale")
     options.add_argument("--seed", help="a whole number")
     options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
+    options.add_argument("--processes", type=positive, default=1, metavar="N",
+                         help="train by so many processes of this machine, of several GPUs one on each; or on several "
+                         "machines, `torchrun … -m bagssl.cli pretrain`")  # fmt: skip
+    options.add_argument("--recompute", action="store_true",
+                         help="save memory: compute the activations of residual blocks again when they are needed")
+    options.add_argument("--accumulate", action="store_true",
+                         help="save more: go through a batch in its parts; needs --set norm_groups=N of them")
     options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
 
     options = command("evaluate", evaluate, "Measure any encoder: the centre crop against bags of patches. ENCODER is "
@@ -344,7 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="bagssl")
     try:
-        arguments = build_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        arguments = build_parser().parse_args(words, argparse.Namespace(words=words))
         code = arguments.run(arguments) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code
@@ -352,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"{error}", 2)
     except Stopped as error:
         return _say(f"{error}", 130 if error.interrupted else 3)
-    except Diverged as error:
+    except (Diverged, Lost) as error:
         return _say(f"{error}", 1)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
@@ -376,6 +388,11 @@ def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _say(message: str, code: int) -> int:
+    if "WORLD_SIZE" in os.environ:  # one of several processes that end alike
+        from bagssl.distributed import speaks
+
+        if not speaks():
+            return code
     print(f"bagssl: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -82,6 +82,9 @@ class PretrainConfig:
     lars_trust: float = setting(0.02, 1e-6, 1e3, only=LARS, later=True)
     lars_clip: bool = setting(False, only=LARS, later=True)  # a tensor's rate is at most learning_rate
     stem: str = setting(STEMS[0], choices=STEMS, only={}, later=True)  # imagenet: for pictures of 64 px and more
+    # equal parts of a batch, each embedded with batch-norm statistics of its own (Hoffer et al. 2017); the objective
+    # sees all of it: what accumulation needs, see `pretrain`
+    norm_groups: int = setting(1, 1, 1024, later=True)
     grid: int = setting(0, 0, 1024, only=PATCH_BASED, later=True)  # px, of the offsets; views differ; 0: anywhere
 
     def __post_init__(self):
@@ -105,6 +108,8 @@ class PretrainConfig:
             raise InputError(f"dataset = {self.dataset!r} is no name of a dataset: see `bagssl data list`")
         if self.width % 8:
             raise InputError(f"width = {self.width} must be a multiple of 8")
+        if self.batch_size % self.norm_groups:
+            raise InputError(f"batch_size = {self.batch_size} is no multiple of norm_groups = {self.norm_groups}")
         declared = OBJECTIVES[self.objective].options
         for name, value in self.options.items():
             if name not in declared:

@@ -37,13 +37,15 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def pick_compiled(name: str, device: torch.device, crops: int) -> str:
+def pick_compiled(name: str, device: torch.device, crops: int, plain: bool = False) -> str:
     """What is made of a step: 'none'; by `torch.compile` the 'colours' of the crops, or 'all': the networks as well;
     'graphs': the whole step, replayed as one CUDA graph; 'all+graphs': both. 'auto' is what $BAGSSL_COMPILE says, else
     on CUDA graphs, and for a run of many `crops` both, elsewhere none.
 
     A graph is there at once; compiling takes a quarter of a minute for the colours and more for the networks; `bagssl
     bench compiled` shows what it is worth on a machine. Compiled results differ by rounding.
+    plain: with several processes, or where activations are computed again, networks and steps stay as they are: of
+    what is asked for the colours alone are compiled.
     """
     if name == "auto":
         on_cuda = "all+graphs" if crops >= COMPILE_FROM else "graphs"
@@ -51,4 +53,4 @@ def pick_compiled(name: str, device: torch.device, crops: int) -> str:
     check_choice("BAGSSL_COMPILE", name, COMPILED)
     if "graphs" in name and device.type != "cuda":
         raise InputError(f"BAGSSL_COMPILE = {name}: CUDA graphs need a GPU; set it to all, or none")
-    return name
+    return name if not plain or name in COMPILED[:2] else "colours" if name.startswith("all") else "none"

@@ -1,21 +1,23 @@
-"""What can go wrong, in three words; the command line turns each into an exit code, a notebook into one line."""
+"""What can go wrong, in a few words; the command line turns each into an exit code, a notebook into one line."""
 
 import difflib
 import re
 from collections.abc import Sequence
 
 
-class _OneLine(Exception):
+class OneLine(Exception):
+    """What is said in one line, in the place of a traceback."""
+
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in the place of a traceback: the message says all that the reader needs."""
         return [f"{type(self).__name__}: {self}"]
 
 
-class InputError(_OneLine, ValueError):
+class InputError(OneLine, ValueError):
     """Wrong input: the message is one line that says what is wrong and what to do (exit code 2)."""
 
 
-class Stopped(_OneLine):
+class Stopped(OneLine):
     """Work stopped at a checkpoint and resumes at the next call (exit code 3; 130 after Ctrl-C)."""
 
     def __init__(self, message: str, *, interrupted: bool = False):
@@ -27,8 +29,12 @@ class DoesNotFit(Stopped):
     """Work that could not end in the time that is left, and so was not done (exit code 3)."""
 
 
-class Diverged(_OneLine, RuntimeError):
+class Diverged(OneLine, RuntimeError):
     """Training gave NaN or collapsed; the message names the term (exit code 1)."""
+
+
+class Lost(OneLine, RuntimeError):
+    """Another process of a training is gone or hangs; it goes on from the checkpoint at the next call (exit code 1)."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -64,7 +70,7 @@ def shortage(name: str, message: str) -> str | None:
     """For an error, by its class's name and its message: one line that says what this box lacks and what would help;
     None for any other.
     """
-    if name in ("InputError", "Stopped", "DoesNotFit", "Diverged"):  # which say themselves what to do
+    if name in ("InputError", "Stopped", "DoesNotFit", "Diverged", "Lost"):  # which say themselves what to do
         return None
     for part in message.strip().splitlines() or [""]:
         line = f"{name}: {part.strip()}".removesuffix(": ")

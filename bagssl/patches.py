@@ -33,7 +33,7 @@ class Draws:
     colour: Colour
     side: int | None  # height and width of every box in pixels, where they are one number
 
-    def of(self, images: slice) -> Self:
+    def of(self, images: slice | Tensor) -> Self:
         """The draws of some of the batch's images, in all their views."""
         def some(values: Tensor) -> Tensor:
             return values.unflatten(0, (self.views, -1))[:, images].flatten(0, 1)
@@ -78,16 +78,18 @@ def apply(pixels: Tensor, draws: Draws, size: int,
 
 
 def augment(pixels: Tensor, views: int, augmentation: Augmentation, generator: Generator,
-            colour_by: Callable[[Tensor, Colour], Tensor] = apply_colour) -> Tensor:
+            colour_by: Callable[[Tensor, Colour], Tensor] = apply_colour,
+            share: tuple[int, Tensor] | None = None) -> Tensor:
     """`draw`, then `apply`: `views` random patches of each image, float32 [views, B, 3, size, size] in [0, 1].
 
-    pixels: uint8 [B, 3, H, W], on any device; generator: of the CPU or of that device.
+    pixels: uint8 [B, 3, H, W], on any device; generator: of the CPU or of that device. share: where the pixels are some
+    of a larger batch, its images, for all of which is drawn, and the places of these among them, int64 [B].
     Raises InputError when the pixels have another shape or type, and as `draw` does.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.numel():
         raise InputError(f"pixels are {pixels.dtype} {list(pixels.shape)}: give uint8 [images, 3, height, width]")
-    draws = draw(views, len(pixels), *pixels.shape[2:], augmentation, generator)
-    return apply(pixels, draws, augmentation.size, colour_by)
+    draws = draw(views, len(pixels) if share is None else share[0], *pixels.shape[2:], augmentation, generator)
+    return apply(pixels, draws if share is None else draws.of(share[1]), augmentation.size, colour_by)
 
 
 # ---- boxes

@@ -6,7 +6,9 @@ for `views` patches of each image (`patches.draw`); cut, resized and coloured (`
 3, s, s]. The encoder embeds each as h [V, B, dim]; the projector, and beside an averaged network the predictor, maps h
 to z [V, B, D] (`Model`). The objective makes named terms of z; their `loss` goes back through the networks, and the
 optimiser takes a step at the rate of the schedule. Around that, `_Record` keeps the history and the checkpoint, and at
-the end writes the run. Later bags.py averages h over the patches of an image.
+the end writes the run. Of several processes (distributed.py) each takes its share of a batch's images through the
+networks; what is drawn is drawn for all of them, and the objective sees the z of all. Later bags.py averages h over the
+patches of an image.
 """
 
 import contextlib
@@ -15,7 +17,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,65 +25,107 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bagssl import budget, runs
+from bagssl import budget, distributed, runs
 from bagssl.colours import apply_colour
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.devices import pick_compiled, pick_device, pick_precision
+from bagssl.distributed import gather
 from bagssl.encoders import build_encoder, build_predictor, build_projector, embedding_dim
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.feeding import feed
+from bagssl.graphs import Replayed
 from bagssl.objectives import OBJECTIVES, Terms, spread
 from bagssl.optimisers import build_optimiser
 from bagssl.patches import augment
 from bagssl.progress import progress_bar
+from bagssl.recomputing import recompute_blocks, recomputed
 from bagssl.runs import Run
 
 LOGS = 200  # rows of a run's history, at least: each waits for the device
-_COST = ("objective", "encoder", "stem", "width", "size", "views", "batch_size", "projector_hidden", "projector_dim",
-         "optimiser")  # what the time of a step depends on
+_COST = ("objective", "encoder", "stem", "width", "size", "views", "batch_size", "norm_groups", "projector_hidden",
+         "projector_dim", "optimiser")  # what the time of a step depends on
+INTERRUPTED = 2  # why a training stops: more than that its time is up
 _COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of the history, before the terms
 
 
 def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *, device: str = "auto",
-             precision: str = "auto", compiled: str = "auto", time_limit: float | None = None,
-             checkpoint_every: float = 60.0, progress: bool = True) -> Run:
+             precision: str = "auto", compiled: str = "auto", accumulate: bool = False, recompute: bool = False,
+             time_limit: float | None = None, checkpoint_every: float = 60.0, progress: bool = True) -> Run:
     """The finished run of `config` on `images`: trained, or resumed, or found in the store at `root`.
 
     Stopped by Ctrl-C, SIGTERM or after `time_limit` seconds ($BAGSSL_DEADLINE, in Unix time, counts as well), it
     writes a checkpoint and raises Stopped (killed, it goes on from the checkpoint of at most `checkpoint_every` seconds
     before); the next call goes on from there and ends, on a CPU, with the weights of a run that was never stopped, to
-    the bit. Raises Diverged when a loss term is not finite or the projections collapse, DoesNotFit as `budget.piece`
-    does, InputError when there are fewer images than one batch holds, or a finished run is damaged.
+    the bit. Called by each process of a torchrun, it trains on all of them, with other rounding.
+
+    Where memory does not suffice, at a third more work each: recompute keeps the inputs of residual blocks alone;
+    accumulate goes through the batch in its `norm_groups` (batch-norm's statistics are of what goes through at once, so
+    these belong to the configuration). Neither changes anything but, perhaps, rounding.
+
+    Raises Diverged when a loss term is not finite or the projections collapse, DoesNotFit as `budget.piece` does, Lost
+    when another process is gone or hangs, InputError when there are fewer images than one batch holds, a batch cannot
+    be shared, or a finished run is damaged.
     """
     crops = config.steps(len(images)) * config.crops_per_step  # what is refused, before a folder is made
-    device = torch.device(pick_device(device))
-    compiled = pick_compiled(compiled, device, crops)
+    _check_shares(config, accumulate)
+    device = distributed.own(torch.device(pick_device(device)))
+    compiled = pick_compiled(compiled, device, crops, plain=distributed.launched() > 1 or accumulate or recompute)
+    deadline = budget.deadline(time_limit)
+    with distributed.led(_claimed(config, images, root, deadline)) as (path, left):
+        run = Run(Path(path))
+        if left:
+            with distributed.group(device):
+                how = device, pick_precision(precision, device), compiled, accumulate, recompute
+                train(Learner(config, *how), images, run, deadline, checkpoint_every, progress)
+    return run
+
+
+def _check_shares(config: PretrainConfig, accumulate: bool) -> None:
+    if accumulate and config.norm_groups == 1 and config.epochs:
+        raise InputError("accumulate needs parts of a batch that have batch-norm statistics of their own: set "
+                         "norm_groups to 2 or more, which makes it another run; recompute changes nothing")  # fmt: skip
+    if config.epochs and config.batch_size % (config.norm_groups * (count := distributed.launched())):
+        groups = f" and norm_groups = {config.norm_groups}" * (config.norm_groups > 1)
+        raise InputError(f"batch_size = {config.batch_size} cannot be shared by {count} processes{groups}: make it a "
+                         f"multiple of {count * config.norm_groups}")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _claimed(config: PretrainConfig, images: Images, root: Path | None, deadline: float) -> Iterator[tuple[str, bool]]:
+    """The run's folder, and whether there is training left; it is held then."""
     run = runs.open_run(config.to_dict(), images.fingerprint, config.label, root)
     if run.finished:
         run.check()
         runs.drop_checkpoint(run)  # killed when nothing but this was left to do
-        return run
-    deadline = budget.deadline(time_limit)
+        yield str(run.path), False
+        return
     with runs.locked(run, deadline):
-        if not run.finished:  # it may have been finished while we waited
+        left = not run.finished  # it may have been finished while we waited
+        if left:
             runs.reopen(run)
-            learner = Learner(config, device, pick_precision(precision, device), compiled)
-            train(learner, images, run, deadline, checkpoint_every, progress)
-    return run
+        yield str(run.path), left
 
 
 # ---- the mathematics
 
 
 class Model(nn.Module):
-    """Encoder, projector and, beside an averaged network, predictor: patches [V, B, 3, s, s] -> z [V, B, D]."""
+    """Encoder, projector and, beside an averaged network, predictor: patches [V, B, 3, s, s] -> z [V, B, D].
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None = None):
+    groups: of a batch, equal parts that go through one after the other.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None = None, groups: int = 1):
         super().__init__()
-        self.encoder, self.projector, self.predictor = encoder, projector, predictor
+        self.encoder, self.projector, self.predictor, self.groups = encoder, projector, predictor, groups
 
     def forward(self, patches: Tensor) -> Tensor:
+        if self.groups == 1:
+            return self.project(patches)
+        return torch.cat([self.project(group) for group in patches.chunk(self.groups, dim=1)], dim=1)
+
+    def project(self, patches: Tensor) -> Tensor:
         # the views go through in one pass and share their batch-norm statistics
         flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         z = self.projector(self.encoder(flat))
@@ -93,7 +136,8 @@ def build_model(config: PretrainConfig) -> Model:
     """The networks that `config` trains, with the weights of its seed, on the CPU."""
     encoder = _encoder(config)
     sizes = config.projector_dim, config.projector_hidden
-    return Model(encoder, _projector(config), build_predictor(*sizes, config.seed) if config.needs_target else None)
+    predictor = build_predictor(*sizes, config.seed) if config.needs_target else None
+    return Model(encoder, _projector(config), predictor, config.norm_groups)
 
 
 def _encoder(config: PretrainConfig) -> nn.Module:
@@ -108,36 +152,50 @@ def _projector(config: PretrainConfig) -> nn.Module:
 class Learner:
     """All that a step changes or looks at but pixels: networks and optimiser, on one device.
 
-    compiled: see `devices.pick_compiled`.
+    compiled: see `devices.pick_compiled`; accumulate, recompute: see `pretrain`. Within a `distributed.group` it is
+    one of several that are the same but for the images that they see.
     """
 
-    def __init__(self, config: PretrainConfig, device: torch.device, dtype: torch.dtype, compiled: str):
+    def __init__(self, config: PretrainConfig, device: torch.device, dtype: torch.dtype, compiled: str,
+                 accumulate: bool = False, recompute: bool = False):
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # no shape changes from step to step
         self.config, self.device, self.dtype, self.compiled = config, device, dtype, compiled
         self.augmentation, self.generator = config.augmentation(), torch.Generator(device)
+        self.options = {"compiled": compiled, "accumulate": accumulate, "recompute": recompute}
         self.model = build_model(config).to(device, memory_format=torch.channels_last).train()
+        self.model = distributed.synchronised(self.model, device)
         self.objective, self.teacher = OBJECTIVES[config.objective], None
         if config.needs_target:
-            self.teacher = copy.deepcopy(Model(self.model.encoder, self.model.projector))
+            self.teacher = copy.deepcopy(Model(self.model.encoder, self.model.projector, groups=config.norm_groups))
         self.optimiser = build_optimiser(config, self.model, capturable="graphs" in compiled)
         self.colour = torch.compile(apply_colour) if compiled.startswith(("colours", "all")) else apply_colour
         whole = compiled.startswith("all")
         self.embed, self.embed_target = (torch.compile(net) if whole and net is not None else net
                                          for net in (self.model, self.teacher))  # fmt: skip
+        if recompute:
+            recompute_blocks(self.model.encoder)
+        if accumulate:
+            self.model.project = recomputed(self.model.project, self.model)
+        self.embed, self.share = distributed.parallel(self.embed), None
+        if distributed.ranks() > 1:
+            places = distributed.share(torch.arange(config.batch_size, device=device), config.norm_groups)
+            self.share = config.batch_size, places
 
     def step(self, pixels: Tensor, rate: float | Tensor, momentum: float | Tensor) -> Terms:
         """One step on images, uint8 [B, 3, H, W]: the named terms of the loss, and `spread`, see objectives.py.
 
-        The patches follow from the state of `generator`. rate: of the optimiser; momentum: of the teacher;
-        numbers, or tensors without dimension on the device, which a CUDA graph reads anew each time.
+        The patches follow from the state of `generator`. rate: of the optimiser; momentum: of the teacher; numbers, or
+        tensors without dimension on the device, which a CUDA graph reads anew each time. Of several processes each has
+        its share of the batch, all the same generator, and all return the same terms.
         """
         config = self.config
-        patches = augment(pixels, config.views, self.augmentation, self.generator, self.colour)
+        patches = augment(pixels, config.views, self.augmentation, self.generator, self.colour, self.share)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             z = self.embed(patches)
             with torch.no_grad():
                 targets = [] if self.teacher is None else [self.embed_target(patches)]
+        z, *targets = (gather(each, config.norm_groups) for each in (z, *targets))
         terms = self.objective(z, *targets, **config.options)
         terms["spread"] = spread(z.detach())
 
@@ -185,49 +243,6 @@ def _seed(seed: int, purpose: int, index: int) -> int:
     return (seed * 0x9E3779B1 ^ ((purpose << 31) + index)) & 0xFFFFFFFF
 
 
-# ---- a step as one CUDA graph
-
-
-class _Replayed:
-    """`Learner.step` as one CUDA graph: a thousand launches by the CPU become one.
-
-    The first steps run as they are, on a stream of their own, as capturing asks for; the next is captured, without
-    being executed, and from then on replayed. The generator's seed counts at each replay.
-    """
-
-    EAGER = 3
-
-    def __init__(self, learner: Learner):
-        self.learner, self.stream, self.graph, self.calls = learner, torch.cuda.Stream(), None, 0
-        self.pixels: Tensor | None = None  # where the graph reads them
-        self.rate, self.momentum = torch.empty(2, device=learner.device).unbind()
-
-    def __call__(self, pixels: Tensor, rate: float, momentum: float) -> Terms:
-        self.pixels = torch.empty_like(pixels) if self.pixels is None else self.pixels
-        self.pixels.copy_(pixels), self.rate.fill_(rate), self.momentum.fill_(momentum)
-        self.calls += 1
-        if self.calls <= self.EAGER:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream), warnings.catch_warnings(action="ignore"):  # that it is not captured
-                terms = self.learner.step(self.pixels, self.rate, self.momentum)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return terms
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
-        return self.terms
-
-    def _capture(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.learner.generator)
-        try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.terms = self.learner.step(self.pixels, self.rate, self.momentum)
-        except RuntimeError as error:  # an objective that waits for the device, perhaps
-            raise InputError(f"the step cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): "
-                             "set BAGSSL_COMPILE=none") from error
-
-
 # ---- the loop
 
 
@@ -238,8 +253,8 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
     per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
     crops = config.crops_per_step
     record = _Record(learner, run, steps, per_epoch)
-    resumed, cost = record.step, (*(getattr(config, name) for name in _COST), learner.dtype, learner.compiled)
-    take_step = _Replayed(learner) if "graphs" in learner.compiled else learner.step
+    resumed, cost = record.step, (*(getattr(config, name) for name in _COST), learner.dtype, *learner.options.values())
+    take_step = Replayed(learner) if "graphs" in learner.compiled else learner.step
     places = partial(_batches, config, len(images), resumed)
     with (_signals() as stop, progress_bar(steps * crops, resumed * crops, config.label, progress) as bar,
           budget.piece(config.label, cost, (steps - resumed) * crops) as told,
@@ -251,28 +266,31 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
             terms = take_step(pixels, rate, teacher_momentum_at(record.step, steps, config))
             if means := record.add(terms, rate):
                 bar(record.step * crops, f"loss {means['loss']:.3f}")
-            if stop or time.monotonic() > deadline:
+            if halt := distributed.agreed(INTERRUPTED if stop else time.monotonic() > deadline):
                 record.save()
                 message = f"{config.label} stopped at step {record.step} of {steps}; the next call goes on from there"
-                raise Stopped(message, interrupted=bool(stop))
+                raise Stopped(message, interrupted=halt == INTERRUPTED)
             if time.monotonic() - record.saved > checkpoint_every:
                 record.save()
             if means:
                 told((record.step - resumed) * crops)
         record.finish(images)
-        if stop:  # asked for when there was no step left to stop at
+        if distributed.agreed(INTERRUPTED if stop else 0):  # asked for when there was no step left to stop at
             raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
 
 
 def _batches(config: PretrainConfig, count: int, step: int, device: torch.device) -> Iterator[Tensor]:
-    """The places of the images of each step, from `step` on, among `count`: int64 [B]; each epoch has its order."""
+    """The places of the images of each step, from `step` on, among `count`: int64 [B]; each epoch has its order.
+
+    Of several processes each has its share of them.
+    """
     per_epoch, order = count // config.batch_size, None
     for at in range(step, config.steps(count)):
         epoch, position = divmod(at, per_epoch)
         if order is None or position == 0:
             shuffled = torch.Generator().manual_seed(_seed(config.seed, ORDER, epoch))
             order = torch.randperm(count, generator=shuffled).to(device, non_blocking=True)
-        yield order[position * config.batch_size :][: config.batch_size]
+        yield distributed.share(order[position * config.batch_size :][: config.batch_size], config.norm_groups)
 
 
 class _Record:
@@ -284,6 +302,7 @@ class _Record:
         self.every = max(1, steps // LOGS)  # steps of a row of the history
         dtype = str(learner.dtype).removeprefix("torch.")
         self.hardware = {"hardware": runs.hardware(), "device": str(learner.device), "precision": dtype}
+        self.hardware |= {"processes": distributed.ranks()} if distributed.ranks() > 1 else {}
         self.segments: list[dict[str, Any]] = []  # of the steps before: on which hardware, until which step
         self._resume()
         self.logged = self.step
@@ -291,7 +310,8 @@ class _Record:
 
     def _resume(self) -> None:
         learner, names = self.learner, ("model", "optimiser", "step", "history", "seconds", "sums")
-        state = runs.load_checkpoint(self.run, learner.device, names)
+        to = learner.device if distributed.ranks() == 1 else torch.device("cpu")
+        state = distributed.from_first(lambda: runs.load_checkpoint(self.run, to, names))
         if state is None:
             return
         try:
@@ -341,7 +361,9 @@ class _Record:
                            f"'spread' is {means['spread']:.1e}, all projections are alike")
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; of several processes the first does."""
+        if distributed.rank():
+            return
         learner, seconds = self.learner, self.seconds + time.monotonic() - self.clock
         teacher = {} if learner.teacher is None else {"teacher": learner.teacher.state_dict()}
         runs.save_checkpoint(self.run, {
@@ -351,7 +373,9 @@ class _Record:
         self.saved = time.monotonic()
 
     def finish(self, images: Images) -> None:
-        """Write the finished run."""
+        """Write the finished run; of several processes the first does."""
+        if distributed.rank():
+            return
         learner, config, steps = self.learner, self.learner.config, self.steps
         last = self.history[-1] if self.history else {}
         metrics = {
@@ -361,7 +385,7 @@ class _Record:
         }  # fmt: skip
         provenance = {**runs.provenance(), **self.hardware, "seed": config.seed, "data": images.fingerprint,
                       "wall_seconds": metrics["seconds"]}  # fmt: skip
-        provenance |= {"compiled": learner.compiled} if learner.compiled != "none" else {}
+        provenance |= {name: value for name, value in learner.options.items() if value not in ("none", False)}
         if self.segments:  # it went from one machine to another
             provenance |= {"parts": [*self.segments, {**self.hardware, "until": steps}]}
         runs.finish(self.run, learner.model.state_dict(), self.history, metrics, provenance)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bagssl.ranks import rank
+
 
 @contextmanager
 def progress_bar(total: int, done: int, label: str, enabled: bool = True,
                  unit: str = "crops") -> Iterator[Callable[[int, str], None]]:
-    """Yield `update(done, note)`. Without a terminal or a notebook (a log file) nothing is printed."""
-    if not enabled or total <= 0:
+    """Yield `update(done, note)`. Without a terminal or a notebook (a log file) nothing is printed; of several
+    processes of a training the first shows it."""
+    if not enabled or total <= 0 or rank():
         yield lambda done, note="": None
     elif in_notebook():
         yield from _in_notebook(total, done, label)
@@ -34,7 +37,8 @@ def progress_bar(total: int, done: int, label: str, enabled: bool = True,
 def notice(text: str) -> Iterator[None]:
     """Say what is waited for: a line on stderr, or one in the notebook that goes when the wait is over."""
     if not in_notebook():
-        print(text, file=sys.stderr, flush=True)
+        if not rank():
+            print(text, file=sys.stderr, flush=True)
         yield
         return
     with _displayed({"text/plain": text, "text/html": f"<code>{text}</code>"}):

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.resnet import conv3x3
 
 from bagssl import bench, cli
-from bagssl.bench import feeding
+from bagssl.bench import feeding, ranks
 from bagssl.bench.embedding import _peak, probing
 from bagssl.bench.race import ROUNDS, Machine, compared, exponent, race, time
 from bagssl.bench.training import native_size, training
@@ -125,6 +125,19 @@ def test_pictures_are_imported_and_gathered_beside_what_pillow_and_torch_do(monk
     rows = [*feeding.importing(machine), *feeding.gathering(machine)]
     assert len(rows) == 3 and all(row["rate"] > 0 and row["their rate"] > 0 for row in rows)
     assert [row["aim"] for row in rows] == [None, 0.8, 15]
+
+
+def test_two_processes_train_beside_one(monkeypatch):
+    machine, counts = Machine("synthetic", quick=True), []
+    pretrained = ranks._pretrained
+    monkeypatch.setattr(ranks, "_pretrained", lambda *how: counts.append(how[2:]) or pretrained(*how))
+    monkeypatch.setattr(Machine, "race", lambda self, works: {n: [units / seconds for units, seconds in [works[n]()]]
+                                                              for n in works})  # fmt: skip
+    machine.size["crops"] = {16: 4 * 128 * 4}  # four steps
+    (row,) = ranks.processes(machine)
+    assert row["rate"] > 0 and row["their rate"] > 0 and (row["ours"], row["theirs"]) == ("2 processes", "1 process")
+    threads = max(1, machine.cores // 2)
+    assert counts == [(2, threads), (1, 2 * threads)]  # the same sum of them
 
 
 def test_out_of_time_it_stops_between_rows_and_goes_on_with_those_that_are_left(tmp_path, monkeypatch, capsys):

@@ -83,6 +83,8 @@ WRONG = [
     ("pretrain --set views=1", "views"),
     ("pretrain --set epocs=1", "did you mean 'epochs'"),
     ("pretrain --seed 1 --set seed=2", "given twice"),
+    ("pretrain --set norm_groups=3", "batch_size = 256 is no multiple of norm_groups = 3"),
+    ("pretrain --processes 0", "--processes"),
     ("notebooks 99_none.ipynb", "99_none.ipynb"),
     ("evaluate --dataset synthetic", "encoder"),
     ("evaluate torchvision:resnet18", "--dataset"),
@@ -240,13 +242,14 @@ def test_data_list_names_the_embedded_data(project, capsys):
 def test_pretrain_reads_settings_in_their_types(project, monkeypatch, capsys):
     seen = []
 
-    def pretrain(config, images, time_limit):
+    def pretrain(config, images, time_limit, accumulate, recompute):
+        assert accumulate and not recompute
         seen.append((config, time_limit))
         return type("Run", (), {"path": project / "runs" / "one"})
 
     monkeypatch.setattr(pretraining, "pretrain", pretrain)
     monkeypatch.setattr(data, "load", lambda name, split: None)
-    line = "pretrain --objective simclr --seed 3 --set epochs=2 --set learning_rate=1e-3 --time-limit 9m"
+    line = "pretrain --objective simclr --seed 3 --set epochs=2 --set learning_rate=1e-3 --time-limit 9m --accumulate"
     assert cli.main(line.split()) == 0
     (config, limit), = seen
     assert (config.objective, config.seed, config.epochs, config.learning_rate, limit) == ("simclr", 3, 2, 1e-3, 540)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bagssl import objectives, pretraining, runs
+from bagssl import graphs, objectives, pretraining, runs
 from bagssl.config import PretrainConfig
 from bagssl.data import load
 from bagssl.errors import Diverged, InputError, Stopped
@@ -227,7 +227,7 @@ GRAPHED = [*({"objective": each, "training": "multi-scale", "blur": 0.5, "solari
 def test_a_graph_takes_the_steps_that_it_captured(images, monkeypatch, settings):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain, graphed = (_learner("cuda", compiled, **settings) for compiled in ("none", "graphs"))
-    loss, change = _step_by_step(images.pixels, plain, graphed, pretraining._Replayed(graphed))
+    loss, change = _step_by_step(images.pixels, plain, graphed, graphs.Replayed(graphed))
     assert loss < 1e-4 and change < 2e-2
 
 

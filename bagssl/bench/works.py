@@ -24,7 +24,7 @@ def train_steps(machine: Machine, config: PretrainConfig, count: int, compiled: 
     It logs as rarely as a long run does: a log waits for the device. Each call trains the same networks on, so that
     what is compiled is compiled once. compiled: see `devices.pick_compiled`.
     """
-    config, learner = _of_steps(machine, config, count), None
+    config, learner = of_steps(machine, config, count), None
 
     def work() -> tuple[int, float]:
         nonlocal learner
@@ -42,14 +42,14 @@ def train_steps(machine: Machine, config: PretrainConfig, count: int, compiled: 
     return work
 
 
-def _of_steps(machine: Machine, config: PretrainConfig, steps: int) -> PretrainConfig:
+def of_steps(machine: Machine, config: PretrainConfig, steps: int) -> PretrainConfig:
     """The configuration, for so many steps."""
     return replace(config, epochs=steps / (len(machine.train) // config.batch_size))
 
 
 def run_steps(machine: Machine, config: PretrainConfig, steps: int) -> tuple[list[dict[str, float]], nn.Module]:
     """The history of a run of `steps` steps, and its encoder."""
-    config = _of_steps(machine, config, steps)
+    config = of_steps(machine, config, steps)
     with tempfile.TemporaryDirectory() as folder:
         run = pretraining.pretrain(config, machine.train, Path(folder), progress=False)
         return run.history, pretraining.load_encoder(run, machine.device)
