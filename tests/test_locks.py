@@ -310,10 +310,10 @@ def test_a_claim_that_a_power_failure_cut_is_removed_and_other_damage_is_one_lin
     (tmp_path / ".lock.shared.filelock/claims" / f"held-v1-{'0' * 32}.claim").touch()
     with lock.acquire(timeout=10 * DEAD):
         pass
-    (tmp_path / ".odd.shared").mkdir()
-    monkeypatch.setattr(locks, "LOOKS", 3)
-    with pytest.raises(InputError, match="odd.shared is no lock that can be taken.*: remove it"):
-        locks.lock_at(tmp_path / ".odd").acquire(timeout=60)
+    damaged = locks.SoftFileLockProtocolError(str(tmp_path / ".lock.shared"), None, "it is a directory")
+    monkeypatch.setattr(locks.StrictSoftFileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(damaged))
+    with pytest.raises(InputError, match=r"lock.shared is no lock that can be taken \(.* a directory.*\): remove it"):
+        lock.acquire(timeout=60)
 
 
 def test_a_disk_that_is_full_or_fails_is_no_loss_of_the_lock(shared, tmp_path, monkeypatch):
