@@ -267,9 +267,10 @@ def _gone(claim: Claim, own: Claim) -> bool:
         return False
     try:
         os.kill(claim.pid, 0)
+        with open(f"/proc/{claim.pid}/stat", "rb") as stream:  # a container may have nobody who buries its dead
+            return stream.read().rpartition(b")")[2].split()[:1] == [b"Z"]
     except OSError as error:
         return error.errno == errno.ESRCH
-    return False
 
 
 def _own_claim(folder: Path) -> Claim | None:

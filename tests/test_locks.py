@@ -280,7 +280,8 @@ def test_who_breaks_late_breaks_nothing_that_is_new(disk, tmp_path, monkeypatch)
     quick.release()
 
 
-def test_a_holder_of_this_host_that_died_is_not_waited_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("buried", [True, False])
+def test_a_holder_of_this_host_that_died_is_not_waited_for(buried, tmp_path, monkeypatch):
     """With the usual patience; its files are still there."""
     monkeypatch.setenv("BAGSSL_LOCKS", "shared")
     holder = process(HOLD, tmp_path)
@@ -289,10 +290,12 @@ def test_a_holder_of_this_host_that_died_is_not_waited_for(tmp_path, monkeypatch
     with pytest.raises(Timeout):
         locks.lock_at(tmp_path / ".lock").acquire(timeout=0.5)
     holder.kill()
-    holder.communicate()
+    if buried:
+        holder.wait()
     assert len(list(tmp_path.rglob("*.claim"))) == 2
     with runs.locked(runs.Run(tmp_path), time.monotonic() + 10):
         assert len(list(tmp_path.rglob("*.claim"))) == 2
+    holder.communicate()
 
 
 def test_only_what_is_certain_counts_as_the_death_of_a_neighbour():
