@@ -42,7 +42,7 @@ import fcntl, socket
 fcntl.flock, socket.gethostname = fcntl.lockf, lambda: "node2"
 """
 TRAIN = """
-import sys, time
+import sys
 from pathlib import Path
 import torch
 from bagssl import data, pretraining
@@ -57,11 +57,13 @@ def told(*words, **options):
         sys.stdin.readline()
     train(*words, **options)
 
-def slow(*words):
-    time.sleep(0.02)
+def halting(*words, steps=[]):
+    steps.append(0)
+    if "halt" in sys.argv and len(steps) == 5:
+        sys.stdin.readline()
     return step(*words)
 
-pretraining.train, pretraining.Learner.step = told, slow
+pretraining.train, pretraining.Learner.step = told, halting
 pixels = torch.arange(16 * 3 * 8 * 8).view(16, 3, 8, 8).mul(37).byte()
 images = data.Images(pixels, torch.arange(16) % 2, ("a", "b"))
 config = PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=30,
@@ -364,7 +366,7 @@ def test_two_hosts_train_one_run_once(kind, trainings, tmp_path):
 @pytest.fixture
 def begun(tmp_path, shared):
     """A training of the second host, some of whose steps are saved."""
-    child = process(SECOND + QUICK + TRAIN, tmp_path)
+    child = process(SECOND + QUICK + TRAIN, tmp_path, "halt")
     once_it_says(child, "trains")
     until = time.monotonic() + 60
     while not list(tmp_path.glob("*/checkpoint.pt")) and time.monotonic() < until:
@@ -394,7 +396,7 @@ def test_the_lock_of_a_dead_holder_is_broken_when_its_heart_has_stopped(begun, t
 def test_a_holder_that_was_stopped_and_goes_on_writes_nothing_more(wary, tmp_path, shared):
     """Negative control: one that does not look whether the lock is still its own writes over what others have made."""
     unwary = "" if wary else "from bagssl import paths\npaths.guarded = {}\n"
-    stopped = process(SECOND + QUICK + unwary + TRAIN, tmp_path)
+    stopped = process(SECOND + QUICK + unwary + TRAIN, tmp_path, "halt")
     once_it_says(stopped, "trains")
     while not list(tmp_path.glob("*/checkpoint.pt")):
         time.sleep(0.01)
@@ -571,7 +573,7 @@ def nodes(tmp_path):
 def test_two_nodes_with_one_disk_train_one_run_once_also_when_one_dies(nodes, tmp_path):
     """Nothing tells them that the disk is shared but its kind."""
     place, disk = tmp_path / "place", tmp_path / "disk"
-    first = nodes[0].start(QUICK + TRAIN, place)
+    first = nodes[0].start(QUICK + TRAIN, place, "halt")
     once_it_says(first, "trains")
     while not list(disk.glob("*/checkpoint.pt")):
         time.sleep(0.01)
