@@ -9,6 +9,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -16,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from bagssl.errors import InputError
-from bagssl.locks import hold
+from bagssl.errors import InputError, Stopped
+from bagssl.locks import guarded, hold, host, shared
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _STALE = 86_400.0  # seconds: nobody downloads for a day, and few clocks are wrong by one
+_WRITER = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{8}\.tmp$")  # its host, at the end of a temporary file's name
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -96,18 +98,24 @@ def _share(group: Path) -> float:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers left in the folder of `path`: files that nobody holds; after a day also folders, and
-    files of which no lock tells whether they are held.
+    """Remove what killed writers left in the folder of `path`: files of this host that nobody holds; after a day also
+    folders, and files of which no lock tells whether they are held: where the disk has none, or another host wrote.
     """
     for left in path.parent.glob(".*.tmp"):
         with contextlib.suppress(OSError):  # another's, or gone
             stale = time.time() - left.stat().st_mtime > _STALE
             if left.is_dir() and stale:
                 shutil.rmtree(left)
-            elif not left.is_dir():
+            elif not left.is_dir() and (stale or _ours(left)):
                 with open(left, "r+b") as stream:
                     if (free := hold(stream)) or (free is None and stale):
                         left.unlink()
+
+
+def _ours(temporary: Path) -> bool:
+    """Whether a writer of this host made it, so that it holds it if it lives; its name says so, or used not to."""
+    writer = _WRITER.search(temporary.name)
+    return writer[1] == host() if writer else not shared(temporary.parent)
 
 
 def file_hash(path: Path) -> str:
@@ -120,7 +128,8 @@ def file_hash(path: Path) -> str:
 def write_atomically(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
 
-    Raises InputError when `path` is a folder, OSError, with the file's name, for whatever the disk refuses.
+    Raises InputError when `path` is a folder, Stopped when its folder is guarded by a lock that we have lost, OSError,
+    with the file's name, for whatever the disk refuses.
     """
     path = Path(path)
     if path.is_dir():
@@ -131,6 +140,9 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
+        if (lock := guarded.get(path.parent)) and not lock.ours():
+            raise Stopped(f"{path.parent} was given to another process, as this one or its disk stood still: the next "
+                          "call waits for that one, or goes on where it was")  # fmt: skip
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not name the file
@@ -143,7 +155,7 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
 def _new_file(path: Path) -> tuple[Path, int]:
     """A hidden file beside `path` and its handle; held until we end, however that is: `sweep` leaves it alone."""
     while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{path.name}.{host()}-{secrets.token_hex(4)}.tmp")
         # its mode is what the reader's umask makes of it, from the beginning: some disks refuse to change one
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if hold(handle) is not False and temporary.exists():

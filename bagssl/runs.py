@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from bagssl.errors import InputError, Stopped, shortage
-from bagssl.locks import lock_at, remedy
+from bagssl.locks import guarding, lock_at
 from bagssl.paths import cores, home, runs_root, write_atomically
 from bagssl.progress import notice
 
@@ -261,24 +261,23 @@ def list_runs(root: Path | None = None) -> list[Run]:
 
 @contextlib.contextmanager
 def locked(run: Run, deadline: float = math.inf) -> Iterator[None]:
-    """Hold the run: whoever else wants it waits. The lock is free when its holder dies, on most disks (see locks.py).
+    """Hold the run: whoever else wants it waits, on other hosts too. Its holder's death frees it (see locks.py).
 
-    Raises Stopped when the wait reaches `deadline` (of the monotonic clock, in seconds) or is interrupted by Ctrl-C.
+    Raises Stopped when the wait reaches `deadline` (of the monotonic clock, in seconds, or as many as it takes to see
+    whether the holder lives) or is interrupted by Ctrl-C; so does a write to its folder when the lock was lost.
     """
     lock, name = lock_at(run.path / ".lock"), run.path.name
     try:
         lock.acquire(timeout=0)
     except Timeout:
         try:
-            with notice(f"{name} is being trained by another process: waiting for it{remedy(lock)}"):
-                lock.acquire(timeout=-1 if deadline == math.inf else max(0, deadline - time.monotonic()))
+            with notice(f"{name} is being trained by another process{lock.holder}: waiting for it"):
+                lock.acquire(timeout=-1 if deadline == math.inf else max(lock.doubt, deadline - time.monotonic()))
         except (KeyboardInterrupt, Timeout) as stop:
-            message = f"{name} is still being trained by another process{remedy(lock)}; the next call waits again"
+            message = f"{name} is still being trained by another process{lock.holder}; the next call waits again"
             raise Stopped(message, interrupted=isinstance(stop, KeyboardInterrupt)) from None
-    try:
+    with guarding(run.path, lock):
         yield
-    finally:
-        lock.release()
 
 
 def save_checkpoint(run: Run, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -24,15 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 from safetensors.numpy import save
 
 from bagssl import catalogue, pictures
 from bagssl.catalogue import FORMAT, SPLITS, cache, damaged, index_of, one_line, opened, refusal, sharded
 from bagssl.errors import InputError
 from bagssl.layouts import Folder
-from bagssl.locks import hold
+from bagssl.locks import guarding, lock_at
 from bagssl.paths import cores, write_atomically
-from bagssl.progress import progress_bar
+from bagssl.progress import notice, progress_bar
 
 SHARD = 2**26  # bytes of pixels in a shard, at most
 
@@ -75,9 +77,16 @@ def add(name: str, found: tuple[Mapping[str, Sequence[Folder]], tuple[str, ...]]
 @contextlib.contextmanager
 def _alone(folder: Path, name: str) -> Iterator[None]:
     """No two processes add one dataset: each would clear away what the other has written."""
-    with open(folder / ".adding", "a") as stream:
-        if hold(stream) is False:
-            raise refusal(f"another process is adding {name}: wait for it, or choose another name")
+    lock, busy = lock_at(folder / ".adding"), f"another process is adding {name}"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            with notice(f"{busy}{lock.holder}: looking whether it lives") if lock.doubt else contextlib.nullcontext():
+                lock.acquire(timeout=lock.doubt)
+        except Timeout:
+            raise refusal(f"{busy}{lock.holder}: wait for it, or choose another name") from None
+    with guarding(folder, lock):
         yield
 
 
@@ -276,7 +285,7 @@ def drop(name: str, root: Path | None) -> None:
     """Remove a dataset that lies in shards, its index first: what is left without one is none."""
     path = index_of(name, root)
     path.unlink(missing_ok=True)
-    for left in (*path.parent.glob("*.safetensors"), path.with_name(".adding")):
-        left.unlink(missing_ok=True)
+    for left in (*path.parent.glob("*.safetensors"), *path.parent.glob(".adding*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there was none, or something else lies there
         path.parent.rmdir()

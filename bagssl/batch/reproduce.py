@@ -42,7 +42,7 @@ from bagssl.batch.stages import (
     write_record,
 )
 from bagssl.errors import DoesNotFit, InputError, Stopped, nearest
-from bagssl.locks import lock_at, remedy
+from bagssl.locks import SharedLock, SystemLock, lock_at
 from bagssl.paths import cores, home, move_folder, runs_root, write_atomically
 
 ENDED = "whole.json"  # in the store: which entries of the order of worth are done
@@ -127,28 +127,29 @@ def _run_all(works: Mapping[str, Callable[..., Outcome]], jobs: int, deadline: f
 
 
 def _run_stage(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable) -> Outcome:
-    """Run one stage, alone on this machine: what another bagssl runs is waited for."""
+    """Run one stage, alone: what another bagssl runs, perhaps on another host, is waited for."""
     stage.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, waiting = lock_at(stage.beside("lock"), say), False
+    lock, waiting = lock_at(stage.beside("lock")), False
     while not kernels.stopping:
         with contextlib.suppress(Timeout), lock.acquire(timeout=0.2):
-            return _run_locked(stage, fresh, deadline, kernels, say)
+            return _run_locked(stage, fresh, deadline, kernels, say, lock)
         if not waiting:
-            say(f"another process executes it: waiting for that{remedy(lock)}")  # its results will then be fresh
+            say(f"another process{lock.holder} executes it: waiting for that")  # its results will then be fresh
         waiting = True
     return Outcome(130, "not started")
 
 
-def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable) -> Outcome:
-    """Run one stage into its partial folder, and swap that in if all went well; keep it as failed if not."""
-    partial, failed, old = map(stage.beside, ("partial", "failed", "old"))
+def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, say: Callable,
+                lock: SystemLock | SharedLock) -> Outcome:  # fmt: skip
+    """Run one stage into a partial folder, and swap that in if all went well; keep it as failed if not."""
+    partial, failed, old = map(stage.beside, (f"{lock.name}partial", "failed", "old"))
     if old.exists() and not stage.folder.exists():
         move_folder(old, stage.folder)  # a swap was cut short
     if not fresh and state(stage) == "fresh":
         return Outcome(0, "fresh")
     if time.monotonic() >= deadline:
         return NOT_STARTED
-    for path in (partial, old):
+    for path in (*partial.parent.glob(f".{stage.folder.name}.*partial"), old):
         shutil.rmtree(path, ignore_errors=True)
     partial.mkdir()
     say("starts")
@@ -156,6 +157,9 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
     environment = {"BAGSSL_OUTPUT": str(partial.resolve()), **_unix_deadline(deadline)}
     error = kernels.run(stage.experiment.notebook.resolve(), target, stage.parameters, environment)
     seconds = time.monotonic() - begun
+    if not lock.ours():
+        shutil.rmtree(partial, ignore_errors=True)
+        return Outcome(3, "was given to another process, as this one or its disk stood still; run again to see the end")
     if error:
         outcome = _outcome(error, seconds, time.monotonic() - deadline, kernels.stopping, failed / target.name)
         record = {"state": "failed" if outcome.code in (1, 2) else "stopped", "code": outcome.code,
