@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # both raise many kinds for a file that is damaged, or none of theirs
         if shortage(type(error).__name__, str(error)):
             raise
-        raise InputError(f"{path} is no checkpoint that can be read: {_reason(error)}") from None
+        raise InputError(f"{path} is no checkpoint that can be read, or it is damaged: {_reason(error)}") from None
     tensors = {name: value for name, value in _unwrapped(content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"{path} holds no tensors by name: save a model's state_dict()")

@@ -86,12 +86,18 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
     if arguments.bare and (arguments.jobs > 1 or arguments.fresh):
         raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
+    if arguments.results:
+        from bagssl.paths import runs_root
+
+        os.environ["BAGSSL_RUNS"] = str(runs_root())  # models stay where they are
+        os.environ["BAGSSL_RESULTS"] = os.path.abspath(arguments.results)
     if arguments.whole and not (arguments.bare and arguments.time_limit):
         raise InputError("--whole is for a box that is gone afterwards: give --bare and --time-limit with it")
     asked = arguments.experiment, arguments.profile, assignments(arguments.set)
     if arguments.bare:
         return reproduce.reproduce_bare(*asked, time_limit=arguments.time_limit, whole=arguments.whole)
-    return reproduce.reproduce(*asked, jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit)
+    return reproduce.reproduce(*asked, jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit,
+                               replace=arguments.replace)  # fmt: skip
 
 
 def list_experiments(arguments: argparse.Namespace) -> None:
@@ -174,7 +180,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if isinstance(encoder, foreign.Foreign):
         print(encoder, file=sys.stderr, flush=True)
     top5 = len(train.classes) >= TOP5_FROM
-    rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes, top5=top5)
+    try:
+        rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes, top5=top5)
+    except KeyboardInterrupt:
+        raise Stopped("interrupted; the next call goes on after the last scale that was measured whole",
+                      interrupted=True) from None
     about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
              "test_images": len(test)}  # fmt: skip
     if arguments.csv:
@@ -262,7 +272,11 @@ def build_parser() -> argparse.ArgumentParser:
     options = command("reproduce", reproduce, "Execute notebooks into results/; what is fresh is kept.")
     options.add_argument("experiment", nargs="*", help="names from `bagssl list`; none: all with the profile")
     options.add_argument("--profile", default="smoke", help="smoke (default), laptop or paper")
-    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
+    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                         help="override a parameter of the notebooks (in the cell of parameters of each)")  # fmt: skip
+    options.add_argument("--results", metavar="FOLDER", help="write there; models stay in the store (results/)")
+    options.add_argument("--replace", action="store_true",
+                         help="let --set take the place of a record with other parameters")
     options.add_argument("--jobs", type=positive, default=1, metavar="N", help="notebooks side by side")
     options.add_argument("--fresh", action="store_true", help="execute even what is fresh")
     options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")

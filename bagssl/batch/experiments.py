@@ -14,6 +14,7 @@ from bagssl.parameters import read_yaml
 from bagssl.paths import home
 
 PROFILES = ("smoke", "laptop", "paper")
+RECORDED = PROFILES[1:]  # whose results are records; those of the first are made again whenever they are wanted
 WORTH = "order-of-worth"  # the entry that is no experiment
 
 

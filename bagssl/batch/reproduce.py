@@ -10,6 +10,7 @@ time by which to raise `errors.Stopped`.
 
 import contextlib
 import functools
+import json
 import math
 import os
 import shutil
@@ -27,7 +28,7 @@ from unittest import mock
 from filelock import Timeout
 
 from bagssl import catalogue, words
-from bagssl.batch.experiments import choose, load_experiments, order_of_worth
+from bagssl.batch.experiments import RECORDED, choose, load_experiments, order_of_worth
 from bagssl.batch.kernels import PROCESS_KILLED, Board, Kernels, sigterm_as_ctrl_c
 from bagssl.batch.notebook import error_line, run_cells
 from bagssl.batch.stages import (
@@ -61,17 +62,20 @@ NOT_STARTED = Outcome(3, "not started, the time is up; run again to go on")
 
 
 def reproduce(names: Sequence[str] = (), profile: str = "smoke", overrides: Mapping[str, Any] | None = None, *,
-              jobs: int = 1, fresh: bool = False, time_limit: float | None = None,
+              jobs: int = 1, fresh: bool = False, time_limit: float | None = None, replace: bool = False,
               notebooks: Path | None = None, results: Path | None = None) -> int:  # fmt: skip
     """Bring the results of experiments up to date, and the page of all results with them.
 
     names: experiments, none for all that have the profile. overrides: parameter -> value, or its text. jobs:
-    notebooks side by side. fresh: run even what is fresh. time_limit: seconds. notebooks, results: folders.
+    notebooks side by side. fresh: run even what is fresh. time_limit: seconds. replace: overrides may take the place of
+    a record with other parameters. notebooks, results: folders.
     Returns the exit code: 0 all fresh, 1 one failed, 2 one refused its parameters, 3 stopped by the time limit,
     130 by Ctrl-C. Raises InputError, before anything runs, for what is unknown, of the wrong type, or has no data.
     """
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)  # the other clock may be set
     stages = _stages(names, profile, overrides, notebooks, results)
+    if overrides and not replace and profile in RECORDED:
+        _spare_records(stages)
     if jobs > 1:  # share the cores out; torch would otherwise use all of them in every kernel
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     works = {stage.experiment.name: functools.partial(_run_stage, stage, fresh, deadline) for stage in stages}
@@ -89,6 +93,17 @@ def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | N
     for name, file in absent.items() if not names else ():
         print(f"{name}: left out, {file} is not here", flush=True)
     return [plan(each, profile, overrides, results=results) for each in chosen if names or each.name not in absent]
+
+
+def _spare_records(stages: Sequence[Stage]) -> None:
+    """Raises InputError where results are kept that other parameters gave: they may have taken days."""
+    for stage in stages:
+        kept = read_record(stage.folder / "provenance.json").get("parameters")
+        asked = json.loads(json.dumps(stage.parameters))
+        if kept is not None and kept != asked:
+            differ = sorted(name for name in {*kept, *asked} if kept.get(name) != asked.get(name))
+            raise InputError(f"{stage.folder} holds the record of other parameters ({', '.join(differ)}): give "
+                             "--results FOLDER for yours, or --replace")  # fmt: skip
 
 
 def _run_all(works: Mapping[str, Callable[..., Outcome]], jobs: int, deadline: float = math.inf) -> dict[str, int]:

@@ -13,6 +13,7 @@ import yaml
 from filelock import FileLock
 from test_experiments import write_notebook
 
+from bagssl import cli, paths
 from bagssl.batch import kernels, reproduce, stages
 from bagssl.batch.experiments import load_experiments
 from bagssl.errors import InputError, Stopped
@@ -47,6 +48,34 @@ def test_results_that_make_no_page_are_named_and_leave_the_code_of_the_experimen
     for names, code in ((["good"], 1), (["good", "stopped"], 3), (["good", "refused"], 2)):
         assert reproduce.reproduce(names, time_limit=600, **settings) == code
         assert capsys.readouterr().err.endswith("bagssl: no page of all results: claim_c2.csv is no table\n")
+
+
+def test_a_record_is_not_replaced_by_one_with_other_parameters_unless_that_is_said(notebooks, tmp_path, capsys):
+    settings, record = {"notebooks": notebooks, "results": tmp_path / "ours"}, tmp_path / "ours" / "paper" / "good"
+    assert reproduce.reproduce(["good"], "paper", **settings) == 0  # with count = 3
+    before = {path: path.read_bytes() for path in record.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"record of other parameters \(count\): give --results FOLDER .* --replace"):
+        reproduce.reproduce(["good"], "paper", {"count": "4"}, **settings)
+    assert {path: path.read_bytes() for path in record.rglob("*") if path.is_file()} == before
+    assert reproduce.reproduce(["good"], "paper", {"count": "3"}, **settings) == 0  # the same by another way
+    assert reproduce.reproduce(["good"], "paper", {"count": "4"}, notebooks=notebooks, results=tmp_path / "mine") == 0
+    assert reproduce.reproduce(["good"], "paper", {"count": "4"}, replace=True, **settings) == 0
+    assert stages.read_record(record / "provenance.json")["parameters"] == {"count": 4}
+    # what is made again whenever it is wanted is no record
+    for count in "34":
+        assert reproduce.reproduce(["good"], overrides={"count": count}, **settings) == 0
+
+
+def test_results_lie_where_the_reader_says_and_models_in_the_store(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(reproduce, "reproduce", lambda *_, **settings: seen.update(
+        settings, runs=paths.runs_root(), results=paths.results_root()) or 0)
+    monkeypatch.setenv("BAGSSL_RUNS", "")
+    monkeypatch.setenv("BAGSSL_RESULTS", "")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["reproduce", "tour", "--results", "mine"]) == 0
+    assert seen["results"] == tmp_path / "mine" and seen["runs"] == paths.home() / "results" / "runs"
+    assert not seen["replace"]
 
 
 def test_a_swap_that_was_cut_short_is_mended(tmp_path, notebooks, results):
