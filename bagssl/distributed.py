@@ -38,6 +38,7 @@ from bagssl.ranks import launched, rank
 T = TypeVar("T")
 _TRANSPORT = r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|recvValue|sendBytes"  # who is not there
 _turns = itertools.count()  # parts of the store that this process has asked for
+_held: list[object] = []  # the last group
 
 
 def ranks() -> int:
@@ -183,6 +184,9 @@ def group(device: torch.device) -> Iterator[None]:
     backend, store = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", _store()
     limit = timedelta(seconds=timeout())
     dist.init_process_group(backend, store=store, rank=rank(), world_size=launched(), timeout=limit)
+    # An error's traceback holds the model, and this the group: were it the last to hold it, the group's threads would
+    # be waited for under the interpreter's lock, which one of them may wait for.
+    _held[:] = [dist.group.WORLD]
     try:
         yield
     finally:
