@@ -15,7 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bagssl import budget, patches
 from bagssl.data import Pixels
-from bagssl.devices import COMPILE_FROM
+from bagssl.devices import COMPILE_FROM, room
+from bagssl.distributed import to_first, turns
 from bagssl.errors import InputError, check_choice
 from bagssl.progress import progress_bar
 
@@ -36,7 +37,9 @@ def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: 
     (the patches of K = 4 are the first of those of K = 16) and independent of `batch`, which counts the crops embedded
     at a time. pool: `mean`, or `max` for the largest of each coordinate.
     device: where to embed, by default where the encoder lies. more: crops that must follow for these to be of use, see
-    `budget.piece`. Returns {K: float32 [N, dim]} on the CPU.
+    `budget.piece`. Returns {K: float32 [N, dim]} on the CPU. In a `distributed.group` the processes take the images in
+    turns, `batch` crops each, the same as one process would: the first gets all bags (on CPUs with as many threads to
+    the bit those of one process), the others none.
 
     Raises InputError for no K or one below 0, a scale outside (0, 1], or no images, DoesNotFit as `budget.piece` does.
     """
@@ -52,9 +55,17 @@ def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: 
     embed, device, batch = _prepare(encoder, pixels, device, batch, max(size, whole * (0 in ks)), len(pixels) * max(ks))
     count, most, done, bags = len(pixels), max(ks), 0, {}
     with _telling(count * (most + (0 in ks)), encoder, size, device, progress, more) as update:
+        def keep(k: int, images: slice, bag: Tensor, step: int) -> None:
+            if (bag := to_first(bag, step)) is not None:
+                if k not in bags:
+                    held = room(2 * len(ks) * count * bag[0].nbytes, bag.device)  # the other half is for the network
+                    bags[k] = torch.empty(count, bag.shape[1], device=bag.device if held else "cpu")
+                bags[k][images] = bag[: images.stop - images.start]
+
         if 0 in ks:
-            bags[0] = torch.cat([embed(patches.centre_crop(part.to(device, non_blocking=True), whole, crop))
-                                 for part in pixels.split(batch)])
+            for own, images in turns(count, batch):
+                part = pixels[own].to(device, non_blocking=True)
+                keep(0, images, embed(patches.centre_crop(part, whole, crop)), batch)
             update(done := count)
         before = None
         for images, start, h in _chunks(embed, pixels, _boxes(pixels, most, scale, seed), size, device, batch):
@@ -62,11 +73,10 @@ def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: 
             before = total[-1]
             for k in ks:
                 if start < k <= start + len(h):
-                    if k not in bags:
-                        bags[k] = torch.empty(count, h.shape[2], device=h.device)
-                    bags[k][images] = total[k - start - 1] / (k if pool == "mean" else 1)
-            update(done := done + h.shape[0] * h.shape[1])
-    return {k: bags[k].cpu() for k in ks}  # but for the first batch's check, the only wait for the device
+                    keep(k, images, total[k - start - 1] / (k if pool == "mean" else 1), _step(batch, most))
+            update(done := done + len(h) * (images.stop - images.start))
+    # but for the first batch's check, the only wait for the device
+    return {k: bags[k].cpu() for k in ks if k in bags}
 
 
 def _pooled(h: Tensor, pool: str, before: Tensor | None) -> Tensor:
@@ -189,13 +199,18 @@ def _chunks(embed: Callable[[Tensor], Tensor], pixels: Pixels, boxes: Tensor, si
     """Which images, the first patch, and the embeddings [patches, images, dim] of a chunk of at most `batch` crops.
 
     All patches of some images, then of the next, so that each image is read once; where one image has more patches
-    than a batch, its patches come in order.
+    than a batch, its patches come in order. Of several processes each embeds its own of the images, see `turns`.
     """
-    rounds = max(1, min(len(boxes), batch))
-    for first in range(0, pixels.shape[0], batch // rounds):
-        images = pixels[first : first + batch // rounds].to(device, non_blocking=True)
-        for start in range(0, len(boxes), rounds):
-            chunk = boxes[start : start + rounds, first : first + len(images)].long()
+    step = _step(batch, len(boxes))
+    for own, together in turns(len(pixels), step):
+        images = pixels[own].to(device, non_blocking=True)
+        for start in range(0, len(boxes), batch // step):
+            chunk = boxes[start : start + batch // step, own].long()
             image = torch.arange(len(images)).repeat(len(chunk))
             h = embed(patches.crop(images, chunk.flatten(0, 1), size, image=image))
-            yield slice(first, first + len(images)), start, h.view(*chunk.shape[:2], -1)
+            yield together, start, h.view(*chunk.shape[:2], -1)
+
+
+def _step(batch: int, patches: int) -> int:
+    """Images that are embedded at once."""
+    return batch // max(1, min(patches, batch))

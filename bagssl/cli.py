@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from bagssl import __version__
 from bagssl.errors import Diverged, InputError, Lost, Stopped, shortage
+from bagssl.ranks import launched
 
 TOP5_FROM = 100  # classes
 # What a disk refuses, does not know, or no longer answers; any other OSError is a bug.
@@ -162,8 +163,8 @@ def pretrain(arguments: argparse.Namespace) -> int | None:
         print(os.path.relpath(run.path))
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    from bagssl import data, evaluation, foreign, words
+def evaluate(arguments: argparse.Namespace) -> int | None:
+    from bagssl import data, distributed, evaluation, foreign, words
     from bagssl.parameters import conform
     from bagssl.study import sizes
 
@@ -172,12 +173,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     evaluation.check_protocol(ks, probes, ["h"])
     if arguments.csv and os.path.isdir(arguments.csv):
         raise InputError(f"--csv {arguments.csv} is a folder: name a file")
+    if arguments.processes > distributed.launched() == 1:
+        return distributed.launch(arguments.processes, arguments.words)
     encoder = foreign.find(arguments.encoder, **{name: getattr(arguments, name) for name in words.OPTIONS})
     train, test = (sizes.sample(data.load(arguments.dataset, split), f"--{split}-images", count)
                    for split, count in (("train", arguments.train_images), ("test", arguments.test_images)))
     sizes.check_scales("--scales", scales, train)
     sizes.check_probes(train, probes)
-    if isinstance(encoder, foreign.Foreign):
+    if isinstance(encoder, foreign.Foreign) and not distributed.rank():
         print(encoder, file=sys.stderr, flush=True)
     top5 = len(train.classes) >= TOP5_FROM
     try:
@@ -185,6 +188,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise Stopped("interrupted; the next call goes on after the last scale that was measured whole",
                       interrupted=True) from None
+    if distributed.rank():
+        return
     about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
              "test_images": len(test)}  # fmt: skip
     if arguments.csv:
@@ -336,6 +341,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--train-images", type=number, default=0, metavar="N", help="drawn at random; 0: all")
     options.add_argument("--test-images", type=number, default=0, metavar="N", help="drawn at random; 0: all")
     options.add_argument("--csv", metavar="FILE", help="write the table there as well")
+    options.add_argument("--processes", type=positive, default=1, metavar="N",
+                         help="embed by so many processes of this machine, or by torchrun, as in pretrain")
 
     options = command("runs", None, "List trained models, and carry them from one machine to another.")
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
@@ -371,6 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if argv is None else argv
         arguments = build_parser().parse_args(words, argparse.Namespace(words=words))
+        if launched() > 1 and arguments.run not in (pretrain, evaluate):
+            raise InputError(f"{arguments.command} is work for one process: only pretrain and evaluate are for several")
         code = arguments.run(arguments) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code

@@ -28,6 +28,14 @@ def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def room(nbytes: int, device: torch.device) -> bool:
+    """Whether so many bytes more fit the device, which is asked of a GPU alone; what torch keeps in reserve is free."""
+    if device.type != "cuda":
+        return True
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return nbytes <= torch.cuda.mem_get_info(device)[0] + kept
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The type of the convolutions: 'auto' is bf16 where the hardware multiplies it, else fp32."""
     check_choice("precision", name, ("auto", "bf16", "fp32"))

@@ -1,9 +1,10 @@
-"""The processes ("ranks") of one training: who they are, what they tell each other, and which of them writes.
+"""The processes ("ranks") of one training or evaluation: who they are, what they tell each other, and which one writes.
 
     torchrun --nproc-per-node 2 -m bagssl.cli pretrain ...
 
 Each takes its share of every batch; projections are gathered, so that an objective sees all of them; batch-norm takes
 its statistics over all; DistributedDataParallel averages the gradients. The first alone holds the run and writes it.
+To be measured, images are embedded in turns, and go to the first.
 The others wait for it by asking torchrun's key-value store, as long as that takes; once they train, what one waits for
 comes within $BAGSSL_TIMEOUT seconds (300), or all end. In a process that is alone nothing here does anything.
 """
@@ -37,6 +38,7 @@ from bagssl.ranks import launched, rank
 T = TypeVar("T")
 _TRANSPORT = r"gloo|NCCL|[Cc]onnection|[Bb]roken pipe|[Tt]imed out|[Tt]imeout|recvValue|sendBytes"  # who is not there
 _turns = itertools.count()  # parts of the store that this process has asked for
+_held: list[object] = []  # the last group
 
 
 def ranks() -> int:
@@ -97,18 +99,20 @@ def _store() -> dist.Store:
 
 
 @contextlib.contextmanager
-def led(claim: AbstractContextManager[T]) -> Iterator[T]:
-    """Around a training: the first process enters `claim`, all get what it gives (as JSON has it: lists, numbers,
+def led(claim: AbstractContextManager[T], work: str = "training; the next call goes on from the last checkpoint"
+        ) -> Iterator[T]:  # fmt: skip
+    """Around some work: the first process enters `claim`, all get what it gives (as JSON has it: lists, numbers,
     text), none leaves before the first has.
 
-    What ends one with a line ends all with that line; one that is gone, or hangs, ends the others with Lost.
+    What ends one with a line ends all with that line; one that is gone, or hangs, ends the others with Lost, which
+    says of what work, and what comes next.
     """
     if launched() == 1:
         with claim as found:
             yield found
         return
     store = _store()
-    with _one_end(store):
+    with _one_end(store, work):
         if rank():
             yield _told(store, "claimed")
             _told(store, "left")
@@ -129,16 +133,16 @@ def _told(store: dist.Store, key: str) -> Any:
 
 
 @contextlib.contextmanager
-def _one_end(store: dist.Store) -> Iterator[None]:
+def _one_end(store: dist.Store, work: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         gone = isinstance(error, RuntimeError) and re.search(_TRANSPORT, str(error))
         if isinstance(error, OneLine) or not gone:
-            store.set("end", _written(error if isinstance(error, OneLine) else _lost("has failed")))
+            store.set("end", _written(error if isinstance(error, OneLine) else _lost("has failed", work)))
             raise
         late = re.search("[Tt]ime", str(error))
-        said = _lost(f"has not answered for {timeout():g} s (BAGSSL_TIMEOUT)" if late else "has ended")
+        said = _lost(f"has not answered for {timeout():g} s (BAGSSL_TIMEOUT)" if late else "has ended", work)
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             said = _read(store.compare_set("end", "", _written(said)))
         raise said from None
@@ -153,8 +157,9 @@ def _read(written: bytes) -> OneLine:
     return getattr(errors, values.pop("kind"))(values.pop("said"), **values)
 
 
-def _lost(how: str) -> Lost:
-    return Lost(f"another process of this training {how}; the next call goes on from the last checkpoint")
+def _lost(how: str, work: str) -> Lost:
+    name, _, then = work.partition("; ")
+    return Lost(f"another process of this {name} {how}; {then}")
 
 
 def speaks() -> bool:
@@ -179,6 +184,9 @@ def group(device: torch.device) -> Iterator[None]:
     backend, store = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", _store()
     limit = timedelta(seconds=timeout())
     dist.init_process_group(backend, store=store, rank=rank(), world_size=launched(), timeout=limit)
+    # An error's traceback holds the model, and this the group: were it the last to hold it, the group's threads would
+    # be waited for under the interpreter's lock, which one of them may wait for.
+    _held[:] = [dist.group.WORLD]
     try:
         yield
     finally:
@@ -244,6 +252,29 @@ def from_first(make: Callable[[], T]) -> T:
         whole[:] = torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
     dist.broadcast(whole, 0)
     return torch.load(io.BytesIO(whole.numpy()), map_location="cpu", weights_only=True)
+
+
+# ---- measuring together
+
+
+def turns(count: int, step: int) -> Iterator[tuple[slice, slice]]:
+    """Of so many images, `step` at a time: those of this process, and all that the processes take at the same turn.
+
+    The steps are those of one process. Who would have none at the last turn takes the last images as well, for nothing.
+    """
+    for first in range(0, count, step * ranks()):
+        own = min(first + step * rank(), (count - 1) // step * step) if ranks() > 1 else first
+        yield slice(own, min(own + step, count)), slice(first, min(first + step * ranks(), count))
+
+
+def to_first(x: Tensor, step: int) -> Tensor | None:
+    """What all have made at one of their `turns`, [images of the turn, dim]: on the first's CPU, elsewhere None."""
+    if ranks() == 1:
+        return x
+    x = F.pad(x.cpu(), (0, 0, 0, step - len(x)))
+    parts = None if rank() else [torch.empty_like(x) for _ in range(ranks())]
+    dist.gather(x, parts)
+    return None if parts is None else torch.cat(parts)
 
 
 # ---- batch-norm over all

@@ -34,7 +34,7 @@ class Diverged(OneLine, RuntimeError):
 
 
 class Lost(OneLine, RuntimeError):
-    """Another process of a training is gone or hangs; it goes on from the checkpoint at the next call (exit code 1)."""
+    """Another process of a training or evaluation is gone or hangs; the message says what comes next (exit code 1)."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

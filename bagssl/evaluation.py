@@ -3,12 +3,14 @@
 It is a finished run, or one that others trained (foreign.py).
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bagssl import budget, intervals, patches, runs
+from bagssl import budget, distributed, intervals, patches, runs
 from bagssl.bags import POOLS as OF_BAGS
 from bagssl.bags import embed_bags
 from bagssl.data import Images
@@ -24,7 +26,7 @@ from bagssl.devices import pick_device
 from bagssl.errors import InputError, check_choice
 from bagssl.foreign import Foreign
 from bagssl.pretraining import load_encoder, load_projector
-from bagssl.probes import Accuracy, knn, linear
+from bagssl.probes import BLOCK, Accuracy, fits, knn, linear
 from bagssl.runs import Run
 
 PROBES = {"knn": knn, "linear": linear}
@@ -34,7 +36,9 @@ POOLS = (*OF_BAGS, BESIDE)
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
 LARGE, SAMPLE = 10_000, 10  # training images from which a probe takes long, and what share of them tells how long
+WORK = "evaluation; the next call measures again"  # of several processes
 _recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K -> bags
+Bags = dict[str, dict[int, Tensor]]  # feature -> K -> [images, dim]
 
 
 def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequence[int], *,
@@ -49,7 +53,8 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
     `embed_bags`), or `with centre crop`: the centre crop beside the mean, in one longer vector. Returns one row per
     feature, K and probe: accuracy, low and high in per cent, with `top5` also top5, top5_low and top5_high, that among
     the first five answers; the probe's settings, and which test images were right (`unpack_correct`). A protocol that
-    was measured before on this model is read from its folder.
+    was measured before on this model is read from its folder. Called by each process of a torchrun, all embed, as in
+    `embed_bags`; the first alone probes, writes, and tells the others; one that is gone or hangs ends all with Lost.
     Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, a share that leaves
     one side without images, z of an encoder that has no projector, or patches that it does not take.
     """
@@ -77,12 +82,14 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
         protocol["rounded"] = "fp16"
         path = _place(model, protocol)
         rows = _kept(path)
+    place = distributed.own(torch.device(pick_device(device)))
+    with distributed.led(contextlib.nullcontext(rows), WORK) as rows:
+        if rows is None:
+            with distributed.group(place):
+                bags = _embed(model, train, test, protocol, str(place), progress)
     if rows is None:
-        rows = _measure(model, train, test, protocol, pick_device(device), progress)
-        if isinstance(model, Foreign):
-            model.keep()
-        runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
-        rows = _kept(path)  # as the next call will find them
+        with distributed.led(_measured(model, protocol, bags, path, str(place)), WORK) as rows:
+            pass
     return rows
 
 
@@ -171,13 +178,24 @@ def held_out_places(images: int, share: float, seed: int) -> tuple[Tensor, Tenso
     return held, rest
 
 
-def _measure(model: Run | Foreign, train: Images, test: Images | float, protocol: dict[str, Any], device: str,
-             progress: bool) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def _measured(model: Run | Foreign, protocol: dict[str, Any], bags: tuple, path: Path, device: str
+              ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    rows = _probe_all(protocol, *bags, device)
+    if isinstance(model, Foreign):
+        model.keep()
+    runs.write_json(path, {"protocol": protocol, "rows": rows, "provenance": runs.provenance()})
+    yield _kept(path)  # as the next call will find them
+
+
+def _embed(model: Run | Foreign, train: Images, test: Images | float, protocol: dict[str, Any], device: str,
+           progress: bool) -> tuple[Bags, Tensor, Bags, Tensor]:
+    """The bags and labels of the training images, and of the test images; of several processes the first's."""
     networks = {"h": load_network(model, device)}
     if "z" in protocol["features"]:
         networks["z"] = load_projector(model, device)
 
-    def embed(images: Images, seed: int, then: int = 0) -> dict[str, dict[int, Tensor]]:
+    def embed(images: Images, seed: int, then: int = 0) -> Bags:
         return _bags(networks, images, protocol, seed, device, progress, then)
 
     bags, labels = embed(train, protocol["seed"], len(test) if isinstance(test, Images) else 0), train.labels
@@ -188,6 +206,11 @@ def _measure(model: Run | Foreign, train: Images, test: Images | float, protocol
         bags, bags_test = ({feature: {k: bag[part] for k, bag in each.items()} for feature, each in bags.items()}
                            for part in (rest, held))  # fmt: skip
         labels, labels_test = labels[rest], labels[held]
+    return bags, labels, bags_test, labels_test
+
+
+def _probe_all(protocol: dict[str, Any], bags: Bags, labels: Tensor, bags_test: Bags, labels_test: Tensor,
+               device: str) -> list[dict[str, Any]]:
     rows = []
     for feature, k, probe in itertools.product(protocol["features"], protocol["ks"], protocol["probes"]):
         result = _probe(probe, bags[feature][k], labels, bags_test[feature][k], labels_test, device=device)
@@ -199,18 +222,24 @@ def _measure(model: Run | Foreign, train: Images, test: Images | float, protocol
 
 
 def _probe(name: str, *features: Tensor, device: str) -> Accuracy:
-    """The probe of training features, labels, test features, labels; raises DoesNotFit as `budget.piece` does."""
-    features = [tensor.to(device) for tensor in features]
+    """The probe of training features, labels, test features, labels; raises DoesNotFit as `budget.piece` does.
+
+    Where they do not fit the device they stay in memory: kNN works there, the linear probe brings blocks to the device.
+    """
     images, dim = features[0].shape
+    if fits(name, *features[:2], torch.device(device)):
+        features, options = [tensor.to(device) for tensor in features], {}
+    else:
+        options = {"device": device, "block": BLOCK} if name == "linear" else {}
 
     def trial() -> float:
         begun = time.monotonic()
-        PROBES[name](*(tensor[::SAMPLE] for tensor in features))
+        PROBES[name](*(tensor[::SAMPLE] for tensor in features), **options)
         return SAMPLE * (time.monotonic() - begun) / images
 
     with budget.piece(f"the {name} probe on {images:,} images", (name, dim, device), images,
                       trial=trial if images >= LARGE else None):  # fmt: skip
-        return PROBES[name](*features)
+        return PROBES[name](*features, **options)
 
 
 class _Features(nn.Module):
@@ -226,10 +255,10 @@ class _Features(nn.Module):
 
 
 def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, Any], seed: int, device: str,
-          progress: bool, then: int = 0) -> dict[str, dict[int, Tensor]]:  # fmt: skip
+          progress: bool, then: int = 0) -> Bags:  # fmt: skip
     """Feature -> K -> bags [images, dim], those of several scales concatenated. then: images that must follow.
 
-    No patch is embedded twice for h and z, nor what this process has embedded before.
+    No patch is embedded twice for h and z, nor what this process has embedded before. Of several the first has bags.
     """
     ks, features, scales = protocol["ks"], protocol["features"], protocol["scale"]
     scales, dim = scales if isinstance(scales, list) else [scales], networks["h"].dim
@@ -239,9 +268,12 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
         where = (images.fingerprint, protocol["size"], seed, device, (scale, pool) if k else protocol.get("crop", 1))
         return (protocol["weights"], protocol.get("rounded"), *where, feature, k)
 
+    def lacking(scale: float) -> list[int]:
+        return [k for k in wanted if any(place(scale, feature, k) not in _recent for feature in features)]
+
     wanted = [*ks, *[0] * (beside and 0 not in ks)]
     for scale in scales:
-        if missing := [k for k in wanted if any(place(scale, feature, k) not in _recent for feature in features)]:
+        if missing := distributed.from_first(partial(lacking, scale)):
             network = _Features(networks["h"], networks.get("z"))
             embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"],
                                   crop=protocol.get("crop", 1.0), pool=pool, seed=seed, device=device,
@@ -252,7 +284,7 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
         whole = [_recent[place(scales[0], feature, 0)]] if beside and k else []
         return torch.cat([*whole, *(_recent[place(scale, feature, k)] for scale in scales)], dim=1)
 
-    bags = {feature: {k: side_by_side(feature, k) for k in ks} for feature in features}
+    bags = {feature: {k: side_by_side(feature, k) for k in ks if not distributed.rank()} for feature in features}
     while sum(bag.nbytes for bag in _recent.values()) > RECENT:
         _recent.pop(next(iter(_recent)))
     return bags

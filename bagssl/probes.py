@@ -1,7 +1,8 @@
 """Two questions put to frozen features: k nearest neighbours (Wu et al. 2018), and a linear classifier.
 
-Features are [images, dim], labels [images]; both probes run where the features lie (CPU or CUDA). Nothing that a
-probe chooses depends on the test labels: they are read once, to count what is right.
+Features are [images, dim], labels [images]; both probes run where the features lie (CPU or CUDA); the linear one also
+on a device that has no room for them, block by block. Nothing that a probe chooses depends on the test labels: they are
+read once, to count what is right.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bagssl import intervals
+from bagssl.devices import room
 from bagssl.errors import InputError
 from bagssl.intervals import Estimate
 
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+BLOCK = 2**15  # images that are brought to a device at a time, if not all fit
+COPIES = {"knn": 3, "linear": 8}  # of float32 features that lie on a device while they are probed
+
+Parts = Callable[[], Iterable[Tensor]]  # features [images, dim], on the device: all, or block by block, each time anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,12 @@ class Classifier:
     def logits(self, features: Tensor) -> Tensor:
         """Logits float64 [..., classes] of features [..., dim]."""
         return F.linear(features.double(), self.weights, self.intercept)
+
+
+def fits(probe: str, features: Tensor, labels: Tensor, device: torch.device) -> bool:
+    """Whether a device has room for training features [images, dim] and what a probe makes of them."""
+    scores = 3 * 8 * (int(labels.max()) + 1) if probe == "linear" else 0
+    return room(len(features) * (COPIES[probe] * 4 * features.shape[1] + scores), device)
 
 
 def knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 200,
@@ -83,12 +95,13 @@ def linear(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tenso
     """Accuracy of `fit_linear`'s classifier on the test images, with its options. Raises as it does."""
     _check(train, train_labels, test, test_labels)
     classifier = fit_linear(train, train_labels, **options)
-    logits = map(classifier.logits, test.split(2**14))
+    logits = (classifier.logits(block.to(classifier.weights.device)) for block in test.split(2**14))
     return _accuracy(logits, classifier.classes, test_labels, classifier.settings)
 
 
 def fit_linear(train: Tensor, train_labels: Tensor, *, regularisations: Sequence[float] = STRENGTHS,
-               held_out: float = 0.1, seed: int = 0) -> Classifier:
+               held_out: float = 0.1, seed: int = 0, device: torch.device | str | None = None,
+               block: int | None = None) -> Classifier:
     """Multinomial logistic regression on standardised features, with its strength chosen on held-out images.
 
     Minimises mean cross-entropy + strength / 2 * |weights|^2, the intercept free: a strength is 1 / (C n) in the
@@ -96,6 +109,8 @@ def fit_linear(train: Tensor, train_labels: Tensor, *, regularisations: Sequence
     every class and judged on the rest; the best (of equals the strongest) is fitted again to all. While the best
     lies at an end of the grid, the grid grows by a factor of 10, three times at most; settings["at_end"] says
     that it lies there still. One strength alone is taken as it is.
+    block: images of which the features are brought to `device` at a time, again at each step: the same but for
+    rounding, and for features that it has no room for. By default all are held at once, where they lie.
 
     Raises InputError for features or labels that cannot be probed, ValueError for senseless strengths or shares.
     """
@@ -105,19 +120,22 @@ def fit_linear(train: Tensor, train_labels: Tensor, *, regularisations: Sequence
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, not {held_out}")
     classes, targets = _check(train, train_labels)
+    device = train.device if device is None or block is None else torch.device(device)
+    classes, targets = classes.to(device), targets.to(device)
     chosen, start, settings = grid[0], None, {}
     if len(grid) > 1:
         judged = _held_out(targets, held_out, seed)
         if not judged.any():
             raise InputError("no class has the two training images that choosing a regularisation takes: add images")
-        chosen, start, scores = _choose(train.float(), targets, len(classes), judged, grid)
+        fitted, asked = (_parts(train, torch.float32, device, block, part) for part in (~judged, judged))
+        chosen, start, scores = _choose(fitted, asked, targets, len(classes), judged, grid, block)
         tried = sorted(scores, reverse=True)
         settings = {"grid": tried, "held_out_accuracy": [scores[strength] for strength in tried],
                     "held_out_images": int(judged.sum()), "at_end": chosen in (tried[0], tried[-1])}
     # in double precision, where the line search sees past rounding
-    weights, last = _fit(train.double(), targets, len(classes), chosen, start, 1e-6)
+    parts = _parts(train, torch.float64, device, block)
+    centre, weights, last = _fit(parts, targets, len(classes), chosen, start, 1e-6, block)
     strength = {"probe": "linear", "regularisation": chosen, "C": 1 / (chosen * len(train))}
-    centre = train.double().mean(dim=0)
     return Classifier(weights[:, :-1], weights[:, -1], classes, centre, {**strength, **settings, **last})
 
 
@@ -168,16 +186,26 @@ def _held_out(targets: Tensor, share: float, seed: int) -> Tensor:
     return mask.to(targets.device)
 
 
-def _choose(x: Tensor, y: Tensor, classes: int, judged: Tensor, grid: list[float]) -> tuple[float, Tensor, dict]:
+def _parts(x: Tensor, dtype: torch.dtype, device: torch.device, block: int | None, mask: Tensor | None = None) -> Parts:
+    """Features [images, dim], of the images of a mask: held, or `block` of them at a time."""
+    if block is None:
+        held = [x.to(dtype) if mask is None else x.to(dtype)[mask]]
+        return lambda: held
+    places = torch.arange(len(x)) if mask is None else mask.nonzero()[:, 0].to(x.device)
+    return lambda: (x[some].to(device, dtype) for some in places.split(block))
+
+
+def _choose(fitted: Parts, asked: Parts, y: Tensor, classes: int, judged: Tensor, grid: list[float],
+            block: int | None = None) -> tuple[float, Tensor, dict]:
     """The strength that is best on the judged images, its weights, and the accuracy in per cent of each tried."""
-    mean, scale = _standard(x[~judged])
-    solve = _solver((x[~judged] - mean) / scale, y[~judged], classes)
+    mean, scale = _standard(fitted)
+    solve = _solver(lambda: ((x - mean) / scale for x in fitted()), y[~judged], classes, block)
     scores, weights = {}, {}
 
     def judge(strength: float, start: Tensor | None) -> None:
         weights[strength], _ = solve(strength, start, 1e-4)
-        right = _logits((x[judged] - mean) / scale, weights[strength]).argmax(dim=1) == y[judged]
-        scores[strength] = 100 * right.double().mean().item()
+        predicted = [_logits((x - mean) / scale, weights[strength]).argmax(dim=1) for x in asked()]
+        scores[strength] = 100 * (torch.cat(predicted) == y[judged]).double().mean().item()
 
     def best() -> float:
         return max(scores, key=lambda strength: (scores[strength], strength))
@@ -191,9 +219,16 @@ def _choose(x: Tensor, y: Tensor, classes: int, judged: Tensor, grid: list[float
     return best(), weights[best()], scores
 
 
-def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
+def _standard(parts: Parts) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each feature; a feature that does not vary keeps its scale."""
-    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
+    count, mean, deviation = 0, None, None
+    for x in parts():
+        m, d = x.mean(dim=0), x.std(dim=0, correction=0)
+        if count:  # Chan, Golub & LeVeque 1983: of two parts
+            share = len(x) / (count + len(x))
+            d = ((1 - share) * deviation**2 + share * d**2 + share * (1 - share) * (m - mean) ** 2).sqrt()
+            m = mean + share * (m - mean)
+        count, mean, deviation = count + len(x), m, d
     return mean, torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.ones_like(deviation))
 
 
@@ -201,45 +236,57 @@ def _logits(x: Tensor, weights: Tensor) -> Tensor:
     return torch.addmm(weights[:, -1], x, weights[:, :-1].T)
 
 
-def _fit(x: Tensor, y: Tensor, classes: int, strength: float, start: Tensor | None,
-         tolerance: float) -> tuple[Tensor, dict]:
-    """Logistic regression on features that are standardised here: weights [classes, dim + 1] for them as they are."""
-    mean, scale = _standard(x)
-    start = None if start is None else start.to(x)
-    weights, last = _solver((x - mean) / scale, y, classes)(strength, start, tolerance)
+def _fit(parts: Parts, y: Tensor, classes: int, strength: float, start: Tensor | None, tolerance: float,
+         block: int | None = None) -> tuple[Tensor, Tensor, dict]:
+    """Logistic regression on features that are standardised here: their mean, weights [classes, dim + 1] for them as
+    they are, and how the descent ended.
+    """
+    mean, scale = _standard(parts)
+    start = None if start is None else start.to(mean)
+    solve = _solver(lambda: ((x - mean) / scale for x in parts()), y, classes, block)
+    weights, last = solve(strength, start, tolerance)
     slopes = weights[:, :-1] / scale
-    return torch.cat([slopes, weights[:, -1:] - slopes @ mean[:, None]], dim=1), last
+    return mean, torch.cat([slopes, weights[:, -1:] - slopes @ mean[:, None]], dim=1), last
 
 
-def _solver(x: Tensor, y: Tensor, classes: int) -> Callable[[float, Tensor | None, float], tuple[Tensor, dict]]:
+def _solver(parts: Parts, y: Tensor, classes: int, block: int | None
+            ) -> Callable[[float, Tensor | None, float], tuple[Tensor, dict]]:  # fmt: skip
     """The function strength, start, tolerance -> weights [classes, dim + 1], and how the descent ended.
 
     Full-batch L-BFGS. Along the principal axes of the features the Hessian of the first step is diagonal, variance /
     classes + strength, and stays near it; scaled by its root the problem takes tens of evaluations, not thousands.
     """
-    count, dim = x.shape
-    variance, axes = torch.linalg.eigh(x.T @ x / count)
-    rotated = axes.T @ x.T  # one class or feature per row: thin products are several times faster than with columns
-    images = torch.arange(count, device=x.device)
+    count, targets = len(y), y.split(block or len(y))
+    variance, axes = torch.linalg.eigh(sum(x.T @ x for x in parts()) / count)
+    dim, images = len(axes), torch.arange(len(targets[0]), device=y.device)
+
+    def rotated() -> Iterable[Tensor]:
+        # one class or feature per row: thin products are several times faster than with columns
+        return (axes.T @ x.T for x in parts())
+
+    held = None if block else list(rotated())
 
     def solve(strength: float, start: Tensor | None, tolerance: float) -> tuple[Tensor, dict]:
-        scale = x.new_full((dim + 1,), classes**0.5)
+        scale = axes.new_full((dim + 1,), classes**0.5)
         scale[:-1] = (variance.clamp_min(0) / classes + strength).rsqrt()
-        point = x.new_zeros(classes, dim + 1)
+        point = axes.new_zeros(classes, dim + 1)
         if start is not None:
             point = torch.cat([start[:, :-1] @ axes, start[:, -1:]], dim=1) / scale
 
         def loss() -> Tensor:
             weights = point * scale
             slopes, intercepts = weights[:, :-1], weights[:, -1:]
-            log_p = torch.addmm(intercepts, slopes, rotated).log_softmax(dim=0)
-            value = -log_p[y, images].double().mean() + strength / 2 * slopes.double().square().sum()
-            residual = log_p.exp_()
-            residual[y, images] -= 1
-            gradient = torch.cat([residual @ rotated.T, residual.sum(dim=1, keepdim=True)], dim=1) / count
+            value, gradient = 0, 0
+            for x, labels in zip(rotated() if block else held, targets, strict=True):
+                log_p, places = torch.addmm(intercepts, slopes, x).log_softmax(dim=0), (labels, images[: len(labels)])
+                value = value - log_p[places].double().mean() * (len(labels) / count)
+                residual = log_p.exp_()
+                residual[places] -= 1
+                gradient = gradient + torch.cat([residual @ x.T, residual.sum(dim=1, keepdim=True)], dim=1)
+            gradient = gradient / count
             gradient[:, :-1] += strength * slopes
             point.grad = gradient * scale
-            return value
+            return value + strength / 2 * slopes.double().square().sum()
 
         descent = torch.optim.LBFGS([point], max_iter=500, max_eval=1000, history_size=20, tolerance_grad=tolerance,
                                     tolerance_change=tolerance**2, line_search_fn="strong_wolfe")

@@ -66,7 +66,7 @@ def test_runs_arrive_as_they_were_to_the_byte_and_nothing_is_measured_again(stor
     assert [line.split(": ")[1] for line in packing.unpack(parts, tmp_path / "there")] == [
         "new, 1 evaluation, weights"] * 2
     assert files(tmp_path / "there") == files(store) and set(files(tmp_path / "parts")) == {p.name for p in parts}
-    monkeypatch.setattr("bagssl.evaluation._measure", None)
+    monkeypatch.setattr("bagssl.evaluation._embed", None)
     monkeypatch.setattr("bagssl.pretraining.train", None)
     for seed in (0, 1):
         assert measured(trained(tmp_path / "there", seed=seed))

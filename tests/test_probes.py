@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from bagssl import intervals, probes
+from bagssl import devices, evaluation, intervals, probes
 from bagssl.errors import InputError
 
 CLASSES = 5
@@ -109,9 +109,59 @@ def test_knn_does_not_depend_on_how_the_test_set_is_cut():
 
 
 def probabilities(strength: float) -> torch.Tensor:
-    weights, last = probes._fit(TRAIN[0].double(), TRAIN[1], CLASSES, strength, None, 1e-6)
+    _, weights, last = probes._fit(lambda: [TRAIN[0].double()], TRAIN[1], CLASSES, strength, None, 1e-6)
     assert last["gradient"] < 1e-6
     return probes._logits(TEST[0].double(), weights).softmax(dim=1)
+
+
+@pytest.mark.parametrize("block", [7, 64, 699, 5000])
+def test_linear_in_blocks_is_linear_on_all_at_once(block):
+    x, y = TRAIN[0].double(), TRAIN[1]
+    whole, cut = probes.fit_linear(*TRAIN), probes.fit_linear(*TRAIN, block=block)
+    for name in ("regularisation", "grid", "held_out_accuracy", "at_end"):
+        assert cut.settings[name] == whole.settings[name]
+    torch.testing.assert_close(cut.centre, whole.centre, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cut.logits(TEST[0]), whole.logits(TEST[0]), rtol=1e-4, atol=1e-4)
+    mean, scale = probes._standard(lambda: [x])
+    torch.testing.assert_close(probes._standard(lambda: x.split(block)), (mean, scale), rtol=1e-12, atol=1e-14)
+    # where the descent ends the same gradient is left, to rounding; negative control: without one image it is another
+    _, last = probes._solver(lambda: [(x - mean) / scale], y, CLASSES, None)(1e-2, None, 1e-7)
+    solve = probes._solver(lambda: ((part - mean) / scale for part in x.split(block)), y, CLASSES, block)
+    weights, ended = solve(1e-2, None, 1e-7)
+    assert max(last["gradient"], ended["gradient"]) < 1e-7
+    standard = (x - mean) / scale
+    residual = probes._logits(standard, weights).softmax(dim=1) - torch.eye(CLASSES)[y].double()
+    assert left(residual.T @ standard, weights) < 1e-6
+    assert left(residual[1:].T @ standard[1:], weights) > 1e-4
+
+
+def left(total: torch.Tensor, weights: torch.Tensor) -> float:
+    return float((total / len(TRAIN[0]) + 1e-2 * weights[:, :-1]).abs().max())
+
+
+def test_features_that_do_not_fit_a_device_are_probed_there_in_blocks(monkeypatch):
+    """As `evaluation` asks for it; a device that is no CPU stands for one of too little memory."""
+    asked, linear = [], probes.linear
+    monkeypatch.setitem(evaluation.PROBES, "linear", lambda *x, **how: asked.append(how) or linear(*x, **how))
+    for fits in (True, False):
+        monkeypatch.setattr(evaluation, "fits", lambda *_, fits=fits: fits)
+        for name in ("knn", "linear"):
+            found = evaluation._probe(name, *TRAIN, *TEST, device="cpu")
+            assert torch.equal(found.predicted, getattr(probes, name)(*TRAIN, *TEST).predicted)
+    assert asked == [{}, {"device": "cpu", "block": probes.BLOCK}]
+
+
+def test_what_fits_is_judged_by_what_a_probe_makes_of_it(monkeypatch):
+    features, labels, cuda = torch.empty(1000, 50), torch.arange(1000) % 10, torch.device("cuda")
+    seen = []
+    monkeypatch.setattr(probes, "room", lambda nbytes, device: seen.append(nbytes))
+    for name in ("knn", "linear"):
+        probes.fits(name, features, labels, cuda)
+    assert seen == [3 * features.nbytes, 8 * features.nbytes + 3 * 1000 * 10 * 8]
+    assert devices.room(2**60, torch.device("cpu"))
+    for name, value in {"mem_get_info": (100, 900), "memory_reserved": 70, "memory_allocated": 30}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert devices.room(140, cuda) and not devices.room(141, cuda)
 
 
 def reference(strength: float, standardise: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +214,7 @@ def test_held_out_images_are_a_tenth_of_each_class_and_nothing_is_fitted_to_them
 
     # held-out images of another size, so that their statistics would be seen; fitted to the others alone
     x = torch.where(mask[:, None], TRAIN[0] * 20, TRAIN[0])
-    ours = probes._choose(x, TRAIN[1], CLASSES, mask, [1e-1])[2][1e-1]
+    ours = probes._choose(lambda: [x[~mask]], lambda: [x[mask]], TRAIN[1], CLASSES, mask, [1e-1])[2][1e-1]
     fitted, judged = (part.numpy() for part in (x[~mask], x[mask]))
     scale = StandardScaler().fit(fitted)
     model = LogisticRegression(C=1 / (1e-1 * len(fitted)), tol=1e-7, max_iter=1000)

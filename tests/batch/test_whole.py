@@ -207,7 +207,7 @@ def test_tables_of_imported_runs_are_those_of_the_original_to_the_byte_with_and_
         packing.unpack([packs], results / "runs")
         with monkeypatch.context() as patch:
             patch.setattr(pretraining, "train", lambda *_: 1 / 0)
-            patch.setattr(evaluation, "_measure", lambda *_: 1 / 0)
+            patch.setattr(evaluation, "_embed", lambda *_: 1 / 0)
             assert tables(tmp_path, TABLES, results, patch) == original
     # negative controls: a store with nothing in it trains, and what needs an encoder says that there is none
     with monkeypatch.context() as patch:
