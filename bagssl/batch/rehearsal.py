@@ -4,7 +4,9 @@ The cells of the notebook are executed on a store that shows the finished runs a
 the networks, the passes over patches and the probes are stand-ins, which note what they are asked for and answer with
 nonsense. All else is the real thing: parameters, data, configurations, keys, what the store holds and what `evaluate`
 remembers. So no second list of models can go stale; and what a cell works out from the nonsense goes to a folder that
-is removed. Where a cell cannot go on with it, the count ends there, and says so.
+is removed. Where a cell cannot go on with it, the count ends there, and says so. A choice that hangs on a result, such
+as the best scale, is made by the nonsense: of what is embedded after it only the amount is sure, and what is remembered
+from before may differ.
 """
 
 import contextlib
@@ -13,8 +15,10 @@ import importlib
 import io
 import os
 import pkgutil
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +42,7 @@ from bagssl.intervals import Estimate
 from bagssl.paths import runs_root
 from bagssl.runs import Run
 
+PATIENCE = 60.0  # seconds in which nothing more is asked for: what follows is arithmetic with nonsense
 COUNTED = 2  # crops that FLOPs are counted on: batch-norm wants more than one
 
 
@@ -73,6 +78,8 @@ class Rehearsal:
 
     def work(self, model: str, kind: str, encoder: str = "", size: int = 0) -> Work:
         """The work of that kind on that model: new, or what there is of it."""
+        if signal.getsignal(signal.SIGALRM) is _enough:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         return self.works.setdefault((model, kind, size), Work(model, kind, encoder=encoder, size=size))
 
 
@@ -89,6 +96,7 @@ def rehearse(notebook: Path, parameters: Mapping[str, Any]) -> Rehearsal:
                  "BAGSSL_WHOLE": "", "BAGSSL_PACE": ""}  # fmt: skip
         stack.enter_context(mock.patch.dict(os.environ, usual))
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # of figures of nonsense
+        stack.enter_context(_patience())
         _stand_in(noted, stack)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -100,6 +108,28 @@ def rehearse(notebook: Path, parameters: Mapping[str, Any]) -> Rehearsal:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - what a cell makes of nonsense may be anything
             noted.ended = _place(error, notebook)
     return noted
+
+
+class Enough(Exception):
+    """Nothing more was asked for in a while."""
+
+
+def _enough(*_: Any) -> None:
+    raise Enough(f"nothing more was asked of a network in {PATIENCE:g} s")
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Within it `Enough` is raised so long after the last note; but only in the main thread, which has signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _enough)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _place(error: BaseException, notebook: Path) -> str:
