@@ -261,10 +261,10 @@ class _Passes:
         """Crops that a cell shows to the network itself."""
         if not network.encoder:  # a projector, on what is there
             return torch.randn(len(crops), *_output(network.network, crops)[0])
-        return self.note(network, crops.shape[-1], len(crops), 0, 0)
+        return torch.randn(len(crops), self.note(network, crops.shape[-1], len(crops), 0, 0))
 
-    def note(self, network: nn.Module, size: int, crops: int, images: int, read: int) -> Tensor:
-        """Note a pass of crops [3, size, size]; at random what comes out of as many, [crops, dim], at most 4096."""
+    def note(self, network: nn.Module, size: int, crops: int, images: int, read: int) -> int:
+        """Note a pass of crops [3, size, size]; the dimensions of what comes out."""
         parts = [each for each in network.modules() if isinstance(each, Silent)] or [network]
         dim, flops = 0, 0.0
         shape = torch.empty(COUNTED, 3, size, size, device="meta")
@@ -280,7 +280,7 @@ class _Passes:
         work.crops, work.flops, work.images, work.read = (
             before + more for before, more in zip((work.crops, work.flops, work.images, work.read),
                                                   (crops, crops * flops, images, read), strict=True))
-        return torch.randn(min(crops, 4096), dim)
+        return dim
 
     def embed_bags(self, encoder: nn.Module, pixels: Any, ks: list[int], *, scale: float, size: int | None,
                    crop: float = 1.0, **_: Any) -> dict[int, Tensor]:  # fmt: skip
@@ -288,16 +288,16 @@ class _Passes:
         whole = size or max(1, round(crop * min(height, width)))
         side, most = size or patches.native_size(scale, height, width), max(ks)
         if 0 in ks:
-            made = self.note(encoder, whole, count, 0 if most else count, 0 if most else read)
+            dim = self.note(encoder, whole, count, 0 if most else count, 0 if most else read)
         if most:
-            made = self.note(encoder, side, count * most, count, read)
+            dim = self.note(encoder, side, count * most, count, read)
         if isinstance(encoder, evaluation._Features):  # which gives them to no one but a probe
-            return {k: torch.empty(count, made.shape[1], device="meta") for k in ks}
-        return {k: torch.randn(count, made.shape[1]) for k in ks}
+            return {k: torch.empty(count, dim, device="meta") for k in ks}
+        return {k: torch.randn(count, dim) for k in ks}
 
     def patch_embeddings(self, encoder: nn.Module, pixels: Any, boxes: Tensor, size: int, **_: Any) -> Tensor:
-        made = self.note(encoder, size, boxes.shape[0] * boxes.shape[1], len(pixels), pixels.shape.numel())
-        return torch.randn(*boxes.shape[:2], made.shape[1])
+        crops = boxes.shape[0] * boxes.shape[1]
+        return torch.randn(*boxes.shape[:2], self.note(encoder, size, crops, len(pixels), pixels.shape.numel()))
 
 
 # ---- FLOPs: a multiplication and an addition are two

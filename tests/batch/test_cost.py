@@ -229,7 +229,8 @@ def load(notebook, entry):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["patch-vs-multiscale", "fast-run", "locality", "attribution", "convergence", "tour"])
+@pytest.mark.parametrize("name", ["patch-vs-multiscale", "fast-run", "locality", "attribution", "convergence", "tour",
+                                  "aggregation-gain", "patch-scale", "many-patches"])
 def test_the_notebooks_are_counted_to_their_last_cell(name):
     from bagssl.batch.experiments import load_experiments
 
