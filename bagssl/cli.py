@@ -54,6 +54,13 @@ def number(text: str) -> int:
     return int(text)
 
 
+def amount(text: str) -> float:
+    """A decimal number above 0."""
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return float(text)
+
+
 def size(text: str) -> int:
     """Bytes: 15MiB, 16MB, 500KiB, 1GiB, or a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(i?)B)?", text.strip())
@@ -110,6 +117,14 @@ def list_experiments(arguments: argparse.Namespace) -> None:
             state = stages.state(stages.plan(experiment, profile, fetch=False))
             rows.append((experiment.name, profile, state, details.cost, experiment.notebook.name, experiment.artefact))
     print(table(rows))
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    from bagssl.batch import cost
+
+    found = cost.cost(arguments.experiment, arguments.profile, assignments(arguments.set), gpus=arguments.gpus,
+                      machine=arguments.machine, rate=arguments.rate)
+    print(table(cost.table(found, arguments.price)), "", *cost.notes(found, arguments.gpus, arguments.price), sep="\n")
 
 
 def data_list(arguments: argparse.Namespace) -> None:
@@ -291,6 +306,16 @@ def build_parser() -> argparse.ArgumentParser:
                          help="begin no model or measurement that cannot end in the time limit, the most wanted first")
 
     command("list", list_experiments, "Show experiments: paper artefact, notebook, cost per profile, state.")
+    options = command("cost", cost, "Show what an experiment will take, before anything is trained: images, crops, "
+                      "FLOPs, hours, disk, memory, money; by rates that `bagssl bench` measured.")  # fmt: skip
+    options.add_argument("experiment", help="a name from `bagssl list`")
+    options.add_argument("--profile", default="smoke", help="smoke (default), laptop or paper")
+    options.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a parameter")
+    options.add_argument("--gpus", type=positive, metavar="N", help="on so many GPUs; by default on this machine")
+    options.add_argument("--machine", metavar="NAME", help="whose rates: a file of results/bench, nvidia-h200")
+    options.add_argument("--rate", type=amount, metavar="CROPS_PER_SECOND", help="of training, where you know it")
+    options.add_argument("--price", type=amount, metavar="EUR", help="of an hour of a GPU, or of the machine")
+
     command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
 
     options = command("data", None, "List, fetch, add and check datasets.")

@@ -8,13 +8,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bagssl import bags, pretraining, runs
+from bagssl.batch.rehearsal import embedded_flops, trained_flops
 from bagssl.bench.race import Machine, Work
 from bagssl.config import PretrainConfig
 from bagssl.devices import pick_compiled
-from bagssl.encoders import build_encoder, build_projector
 from bagssl.pretraining import Learner
 
 
@@ -83,13 +82,5 @@ def product(machine: Machine) -> Work:
 
 
 def flops(config: PretrainConfig, backward: bool) -> float:
-    """Floating-point operations per crop of the encoder, and of the projector where it is trained."""
-    encoder = build_encoder(config.encoder, config.width)
-    projector = build_projector(config.objective, encoder.dim, config.projector_hidden, config.projector_dim)
-    crops = torch.rand(2, 3, config.size, config.size)
-    with FlopCounterMode(display=False) as counter:
-        if backward:
-            projector(encoder(crops)).sum().backward()
-        else:
-            encoder(crops)
-    return counter.get_total_flops() / len(crops)
+    """Floating-point operations per crop: of a training, or of the encoder alone; a multiply-add is two."""
+    return trained_flops(config) if backward else embedded_flops(config)
