@@ -407,6 +407,10 @@ def _signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     try:
         yield came
+    except Exception:
+        if distributed.launched() > 1:  # their launcher asks all to end when one has, but how must still be said
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -334,6 +334,7 @@ def test_killed_or_hanging_it_ends_the_others_with_one_line_and_the_next_start_g
     killed = time.monotonic()
     _, said = process.communicate()
     assert process.returncode and time.monotonic() - killed < 30
+    assert len(ours(said)) == 1, said
     (line,) = ours(said)
     assert "another process of this training has ended; the next call goes on from the last checkpoint" in line
 
