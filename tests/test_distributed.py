@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,26 @@ def test_one_that_raises_ends_the_others_with_one_line(root, fault):
     assert [wanted in line for line in ours(said)] == [True]
     assert ("ValueError: a bug" in said) == (fault == "bug")
     assert fault == "bug" or said.count("exitcode  : 3") >= 1
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(root, tmp_path):
+    config = PretrainConfig(**{**TINY, "objective": "simclr", "training": "untrained"})
+    run = pretrain(config, load("synthetic", "train"), progress=False)
+    command = ["-m", "bagssl.cli", "evaluate", run.path.name, "--dataset", "synthetic", "--ks", "0,1,5", "--scales",
+               "0.3", "--train-images", "301", "--test-images", "100"]  # fmt: skip
+    found = {}
+    for processes in (2, 1):
+        process = started([sys.executable, *command, "--processes", processes])
+        table, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        rows = [runs.read_json(path)["rows"] for path in sorted((run.path / "evaluations").glob("*.json"))]
+        found[processes] = table, rows
+        shutil.rmtree(run.path / "evaluations")  # so that the next measures anew
+    assert found[1] == found[2] and len(found[1][1]) == 2 and found[1][0].count("\n") == 7
+    # what is no work for several is refused once
+    process = torchrun(2, "-m", "bagssl.cli", "list")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode and len(ours(said)) == 1 and "list is work for one process" in ours(said)[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
