@@ -80,6 +80,11 @@ clean:  ## remove .venv and what tools leave behind; data/ and results/ stay
 # uv and setuptools come from the lock, by pip and with hashes; uv then installs exactly the lock, and
 # setuptools builds what has no wheel: before the rest and by a plain path, as it takes a $ in a path for a variable;
 # uv keeps the wheel. Compiled bytecode spares each kernel seconds at its start.
+# Where nothing may be written to the home folder uv's cache is one that goes when the set-up is done.
+UV_CACHE := $(shell cache="$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}/uv}"; there="$$cache"; \
+	while [ ! -e "$$there" ]; do there=`dirname "$$there"`; done; \
+	if [ -w "$$there" ]; then echo "$$cache"; else echo "$${TMPDIR:-/tmp}/bagssl-uv-`id -u`"; fi)
+$(READY): export UV_CACHE_DIR := $(UV_CACHE)
 $(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "bagssl: '$(PYTHON)' is not Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -97,6 +102,7 @@ $(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
 	@$(BIN)/uv pip sync --python $(BIN)/python --quiet --require-hashes --no-build-isolation \
 		--compile-bytecode $(LOCK)
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
+	@case "$$UV_CACHE_DIR" in */bagssl-uv-*) rm -rf "$$UV_CACHE_DIR";; esac
 	@pwd > $(READY)
 
 unsound:
