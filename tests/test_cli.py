@@ -216,7 +216,7 @@ def test_reproduce_passes_on_what_was_asked(project, monkeypatch):
     line = "reproduce a b --profile laptop --set epochs=2 --set name=a=b --jobs 3 --fresh --time-limit 1h30m"
     assert cli.main(line.split()) == 0
     assert asked == [((["a", "b"], "laptop", {"epochs": "2", "name": "a=b"}),
-                      {"jobs": 3, "fresh": True, "time_limit": 5400.0})]
+                      {"jobs": 3, "fresh": True, "time_limit": 5400.0, "replace": False})]
 
 
 @pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("9m", 540), ("1h", 3600), ("1m1.5s", 61.5)])
