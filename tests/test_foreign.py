@@ -633,7 +633,8 @@ def notebook(folder, monkeypatch) -> Callable[..., Path]:
     def run(number: str, encoders: list[str], train: Callable = trains, **changes) -> Path:
         monkeypatch.setattr(comparison, "pretrain", train)
         monkeypatch.setenv("BAGSSL_OUTPUT", str(folder / "out"))
-        asked = {**RECIPE, "dataset": "few", **LEAST[number], "objective": "", "encoders": encoders, **changes}
+        ours = {"objectives": []} if number == "06" else {"objective": ""}
+        asked = {**RECIPE, "dataset": "few", **LEAST[number], **ours, "encoders": encoders, **changes}
         with plt.rc_context():
             run_cells(NOTEBOOKS[number], asked)
         return folder / "out"
@@ -667,6 +668,13 @@ def test_a_notebook_asks_them_without_training_anything_in_batches_that_memory_h
     assert claim.stem == {"04": "claim_c4", "05": "claim_c5"}[number] and set(table["encoder"]) == {"a"}
     if number == "04":
         assert list(table["scale"].unique()) == [0.1, 0.25, 0.5, 0.75] and len(table) == 3 * 4
+
+
+def test_notebook_06_asks_them_without_one_of_ours(notebook, monkeypatch):
+    torch.save(net().state_dict(), "a.pth")
+    monkeypatch.setattr(evaluation, "_recent", {})
+    table = pd.read_csv(notebook("06", ["a.pth,arch=nets:net,normalise=none,size=8"]) / "tables/claim_c7.csv")
+    assert set(table["encoder"]) == {"a"} and len(table) == 2
 
 
 @pytest.mark.parametrize("number", [pytest.param(each, marks=pytest.mark.nightly) for each in IN_NOTEBOOKS])
