@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from bagssl import __version__
 from bagssl.errors import Diverged, InputError, Lost, Stopped, shortage
-from bagssl.ranks import launched
+from bagssl.ranks import launched, rank
 
 TOP5_FROM = 100  # classes
 # What a disk refuses, does not know, or no longer answers; any other OSError is a bug.
@@ -170,11 +170,11 @@ def pretrain(arguments: argparse.Namespace) -> int | None:
             given[name] = getattr(arguments, name)
     typed = {name: conform(name, value, types[name]) if name in types else value for name, value in given.items()}
     config = PretrainConfig.from_dict(typed)
-    if arguments.processes > distributed.launched() == 1:
+    if arguments.processes > launched() == 1:
         return distributed.launch(arguments.processes, arguments.words)
     run = pretraining.pretrain(config, data.load(config.dataset, "train"), accumulate=arguments.accumulate,
                                recompute=arguments.recompute, time_limit=arguments.time_limit)
-    if not distributed.rank():
+    if not rank():
         print(os.path.relpath(run.path))
 
 
@@ -188,14 +188,14 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
     evaluation.check_protocol(ks, probes, ["h"])
     if arguments.csv and os.path.isdir(arguments.csv):
         raise InputError(f"--csv {arguments.csv} is a folder: name a file")
-    if arguments.processes > distributed.launched() == 1:
+    if arguments.processes > launched() == 1:
         return distributed.launch(arguments.processes, arguments.words)
     encoder = foreign.find(arguments.encoder, **{name: getattr(arguments, name) for name in words.OPTIONS})
     train, test = (sizes.sample(data.load(arguments.dataset, split), f"--{split}-images", count)
                    for split, count in (("train", arguments.train_images), ("test", arguments.test_images)))
     sizes.check_scales("--scales", scales, train)
     sizes.check_probes(train, probes)
-    if isinstance(encoder, foreign.Foreign) and not distributed.rank():
+    if isinstance(encoder, foreign.Foreign) and not rank():
         print(encoder, file=sys.stderr, flush=True)
     top5 = len(train.classes) >= TOP5_FROM
     try:
@@ -203,7 +203,7 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
     except KeyboardInterrupt:
         raise Stopped("interrupted; the next call goes on after the last scale that was measured whole",
                       interrupted=True) from None
-    if distributed.rank():
+    if rank():
         return
     about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
              "test_images": len(test)}  # fmt: skip
@@ -436,7 +436,7 @@ def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _say(message: str, code: int) -> int:
-    if "WORLD_SIZE" in os.environ:  # one of several processes that end alike
+    if launched() > 1:  # one of several processes that end alike
         from bagssl.distributed import speaks
 
         if not speaks():

@@ -81,8 +81,7 @@ class Shards:
 
     def index_select(self, dim: int, index: Tensor, out: Tensor | None = None) -> Tensor:
         """The images at `index`, int64 [M] on the CPU, into `out`, uint8 [M, 3, H, W], if it is given; dim is 0."""
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
-            raise IndexError(f"places from {int(index.min())} to {int(index.max())} among {len(self)} images")
+        _check_places(index, len(self))
         places = (index if self.order is None else self.order[index]).numpy()
         out = torch.empty(len(places), *self.shape[1:], dtype=self.dtype) if out is None else out
         which = self.ends.searchsorted(places, side="right")
@@ -129,13 +128,19 @@ def gather(pixels: Pixels, places: Tensor, out: Tensor | None = None) -> Tensor:
     On a CPU numpy copies: torch calls all its threads together anew for each large image, which on a busy machine takes
     hundreds of times as long as the copy.
     """
-    if isinstance(pixels, Shards) or pixels.device.type != "cpu":
-        return pixels.index_select(0, places) if out is None else pixels.index_select(0, places, out=out)
-    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(pixels):
-        raise IndexError(f"places from {int(places.min())} to {int(places.max())} among {len(pixels)} images")
+    if isinstance(pixels, Shards):
+        return pixels.index_select(0, places, out)
+    if pixels.device.type != "cpu":
+        return torch.index_select(pixels, 0, places, out=out)
+    _check_places(places, len(pixels))
     out = torch.empty(len(places), *pixels.shape[1:], dtype=pixels.dtype) if out is None else out
     np.take(pixels.numpy(), places.numpy(), axis=0, out=out.numpy(), mode="clip")  # "raise" would copy twice
     return out
+
+
+def _check_places(places: Tensor, count: int) -> None:
+    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < count:
+        raise IndexError(f"places from {int(places.min())} to {int(places.max())} among {count} images")
 
 
 @dataclass(frozen=True, eq=False)

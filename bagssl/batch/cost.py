@@ -18,11 +18,10 @@ import torch
 from bagssl import catalogue, pretraining, runs
 from bagssl.batch.experiments import choose, load_experiments
 from bagssl.batch.rehearsal import Rehearsal, Work, rehearse
-from bagssl.batch.stages import resolve
+from bagssl.batch.stages import resolve, settings
 from bagssl.config import PretrainConfig
 from bagssl.devices import COMPILE_FROM
 from bagssl.errors import InputError, check_choice
-from bagssl.parameters import notebook_parameters
 from bagssl.paths import home, results_root
 
 MOMENTS = {"sgd": 1, "lars": 1, "adamw": 2}  # what an optimiser keeps for each parameter
@@ -77,8 +76,7 @@ def cost(name: str, profile: str = "smoke", overrides: Mapping[str, Any] | None 
     """
     (experiment,) = choose(load_experiments(notebooks), [name], profile)
     parameters = resolve(experiment, profile, overrides or {})
-    defaults = {known: default for known, (default, _) in notebook_parameters(experiment.notebook).items()}
-    dataset = {**defaults, **parameters}.get("dataset")
+    dataset = settings(experiment, parameters).get("dataset")
     if dataset is not None and not catalogue.available(dataset):
         raise catalogue.absent(dataset, None)
     rates = _Rates(*_machine(gpus, machine), rate)
@@ -90,8 +88,9 @@ def _row(work: Work, rates: "_Rates") -> Row:
     seconds, source = rates.seconds(work)
     if (config := work.config) is None:
         return Row(work, seconds, source)
-    weights, state = _bytes(config)
-    memory = _memory(config, rates.half, work.resident) if work.crops else 0
+    model = pretraining.build_model(config)
+    weights, state = _bytes(config, model)
+    memory = _memory(config, model, rates.half, work.resident) if work.crops else 0
     return Row(work, seconds, source, weights, state * bool(work.crops), memory)
 
 
@@ -167,9 +166,8 @@ class _Rates:
 # ---- disk and memory
 
 
-def _bytes(config: PretrainConfig) -> tuple[int, int]:
+def _bytes(config: PretrainConfig, model: pretraining.Model) -> tuple[int, int]:
     """Bytes of a run's weights, and of its checkpoint: weights, the optimiser's moments, the averaged network."""
-    model = pretraining.build_model(config)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     moments = MOMENTS[config.optimiser] * sum(each.nbytes for each in model.parameters())
     return weights, weights + moments + _teacher(config, model)
@@ -180,11 +178,10 @@ def _teacher(config: PretrainConfig, model: pretraining.Model) -> int:
     return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
 
 
-def _memory(config: PretrainConfig, half: bool, resident: int) -> int:
+def _memory(config: PretrainConfig, model: pretraining.Model, half: bool, resident: int) -> int:
     """Bytes of a device in training, at least: networks, gradients, moments, activations for all crops of a step, and
-    the images that lie there. half: activations of two bytes a number.
+    the images that lie there. half: activations of two bytes a number. The model is on the meta device afterwards.
     """
-    model = pretraining.build_model(config).train()
     networks = (2 + MOMENTS[config.optimiser]) * sum(each.nbytes for each in model.parameters())
     networks += _teacher(config, model)
     few, more = (_kept(model.to("meta"), config, crops) for crops in (ONE, 2 * ONE))  # what crops share goes out

@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import threading
+import traceback
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -100,6 +101,12 @@ def error_line(error: Mapping[str, Any]) -> str:
     """cell [7]: ValueError: the first line of its message; or what the box lacks."""
     cell, name, message = f"cell [{error['cell']}]: " if error.get("cell") else "", error["ename"], str(error["evalue"])
     return cell + (shortage(name, message) or f"{name}: {(message.strip().splitlines() or [''])[0]}")
+
+
+def failing_cell(error: BaseException, notebook: Path) -> str:
+    """The last cell of a notebook, as `run_cells` names them, that an error went through; empty for none."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame.filename for frame in frames if frame.filename.startswith(notebook.name)), "")
 
 
 def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ import signal
 import sys
 import tempfile
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bagssl import bags, evaluation, patches, pretraining, probes, runs, study
-from bagssl.batch.notebook import error_line, run_cells
+from bagssl.batch.notebook import error_line, failing_cell, run_cells
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import InputError
@@ -133,8 +132,7 @@ def _patience() -> Iterator[None]:
 
 
 def _place(error: BaseException, notebook: Path) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    cell = next((each.filename for each in reversed(frames) if each.filename.startswith(notebook.name)), notebook.name)
+    cell = failing_cell(error, notebook) or notebook.name
     return f"{cell}: {error_line({'ename': type(error).__name__, 'evalue': error})}"
 
 
@@ -328,5 +326,5 @@ def trained_flops(config: PretrainConfig) -> float:
 
 def embedded_flops(config: PretrainConfig) -> float:
     """FLOPs of an embedded crop, by the convention of `trained_flops`."""
-    encoder = pretraining.build_model(config).encoder.to("meta").eval()
+    encoder = pretraining._encoder(config).to("meta").eval()
     return _output(encoder, torch.empty(1, 3, config.size, config.size, device="meta"))[1]

@@ -17,7 +17,6 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from filelock import Timeout
 from bagssl import catalogue, words
 from bagssl.batch.experiments import RECORDED, choose, load_experiments, order_of_worth
 from bagssl.batch.kernels import PROCESS_KILLED, Board, Kernels, sigterm_as_ctrl_c
-from bagssl.batch.notebook import error_line, run_cells
+from bagssl.batch.notebook import error_line, failing_cell, run_cells
 from bagssl.batch.stages import (
     Stage,
     hashes,
@@ -324,10 +323,9 @@ def _run_bare(stage: Stage, deadline: float, say: Callable) -> Outcome:
             raise
         return Outcome(3, f"stopped at the time limit: {stop}")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the notebook's own; the other experiments may do better
-        place = next((f"{frame.filename}: " for frame in reversed(traceback.extract_tb(error.__traceback__))
-                      if frame.filename.startswith(notebook.name)), "")
-        line = error_line({"ename": type(error).__name__, "evalue": error})
-        return Outcome(2 if isinstance(error, InputError) else 1, f"failed: {place}{line}")
+        cell, line = failing_cell(error, notebook), error_line({"ename": type(error).__name__, "evalue": error})
+        said = ": ".join(filter(None, ["failed", cell, line]))
+        return Outcome(2 if isinstance(error, InputError) else 1, said)
     return Outcome(0, f"done in {time.monotonic() - begun:.0f} s")
 
 

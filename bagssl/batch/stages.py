@@ -50,6 +50,11 @@ def resolve(experiment: Experiment, profile: str, overrides: Mapping[str, Any]) 
     return {name: conform(name, value, known[name][1]) for name, value in given.items()}
 
 
+def settings(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of its notebook: the defaults, but for those that are injected."""
+    return {name: default for name, (default, _) in notebook_parameters(experiment.notebook).items()} | parameters
+
+
 def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | None = None, *,
          results: Path | None = None, fetch: bool = True) -> Stage:
     """Check parameters and data, and give the stage its key. fetch: get data that is missing, or raise.
@@ -57,11 +62,11 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
     Without `fetch`, data that is absent counts as what it was when the results were made.
     """
     parameters = resolve(experiment, profile, overrides or {})
-    settings = {name: default for name, (default, _) in notebook_parameters(experiment.notebook).items()} | parameters
+    every = settings(experiment, parameters)
     folder = Path(results or results_root()) / profile / experiment.name
     fingerprints: dict[str, str] = {}
-    looks = dict.fromkeys(words.join(settings.get("encoders") or []), words.fingerprint)  # others' files
-    if (dataset := settings.get("dataset")) is not None:
+    looks = dict.fromkeys(words.join(every.get("encoders") or []), words.fingerprint)  # others' files
+    if (dataset := every.get("dataset")) is not None:
         looks = {dataset: _fetched if fetch else _recorded, **looks}
     for name, look in looks.items():
         try:
@@ -71,7 +76,7 @@ def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | No
                 raise InputError(f"{experiment.name} ({experiment.notebook.name}): {error}") from None
             fingerprints[name] = (read_record(folder / "status.json").get("data") or {}).get(name, "")
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in notebook_cells(experiment.notebook)]
-    everything = {"parameters": settings, "notebook": cells, "package": package_hash(), "data": fingerprints}
+    everything = {"parameters": every, "notebook": cells, "package": package_hash(), "data": fingerprints}
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
     return Stage(experiment, profile, parameters, fingerprints, key, folder)
 

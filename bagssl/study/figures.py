@@ -351,19 +351,20 @@ def gain_figure(frame: pd.DataFrame) -> Figure:
     frame: columns objective, representation, accuracy; the first representation is the line's start.
     """
     markers = dict(zip(frame["representation"].unique(), "osD^vP", strict=False))
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * frame["objective"].nunique()))
+    few, count = len(markers) <= 3, frame["objective"].nunique()
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * count if few else 1.1 + 0.6 * count))
+    aside = np.zeros(len(markers)) if few else np.linspace(-0.3, 0.3, len(markers))  # many may be close to each other
     for row, (objective, rows) in enumerate(frame.groupby("objective", sort=False)):
         tint, values = colour(objective), rows.set_index("representation")["accuracy"]
         axis.plot([values.min(), values.max()], [row, row], color=tint, linewidth=2, alpha=0.4, zorder=1)
-        for name, marker in markers.items():
+        for (name, marker), offset in zip(markers.items(), aside, strict=True):
             fill = "white" if marker == "o" else tint
-            axis.plot(values[name], row, marker, color=tint, markerfacecolor=fill, markersize=7)
-    axis.set_yticks(range(frame["objective"].nunique()), [title(name) for name in frame["objective"].unique()])
-    axis.invert_yaxis()
-    axis.set_xlabel("accuracy (%)")
+            axis.plot(values[name], row + offset, marker, color=tint, markerfacecolor=fill, markersize=7)
+    axis.set_yticks(range(count), [title(name) for name in frame["objective"].unique()])
+    axis.set(ylim=(count - 0.5, -0.5), xlabel="accuracy (%)")
     keys = [Line2D([], [], color="#4D4D4D", marker=marker, linestyle="none", label=name,
                    markerfacecolor="white" if marker == "o" else "#4D4D4D") for name, marker in markers.items()]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys))
+    figure.legend(handles=keys, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -78,7 +78,9 @@ def test_what_is_counted_is_what_a_real_run_then_does(notebook, monkeypatch):
     for name, run in runs.items():
         assert trained[name].crops == run.metrics["crops"] == CROPS * (run.config["training"] != "untrained")
         assert trained[name].images == run.metrics["steps"] * 16
-        assert abs(cost._bytes(trained[name].config)[0] / (run.path / "weights.safetensors").stat().st_size - 1) < 0.2
+        config = trained[name].config
+        weights, _ = cost._bytes(config, pretraining.build_model(config))
+        assert abs(weights / (run.path / "weights.safetensors").stat().st_size - 1) < 0.2
     embedded = sum(units for kind, units in done if kind == "embedding")
     assert crops_of(noted, "embedding") - 3 == embedded  # three were shown to the network itself
     assert embedded == 3 * 90 * 5 + 20 * 2 + 5 * 20
@@ -193,11 +195,13 @@ def test_gpus_take_models_and_what_has_no_rate_is_not_in_the_sum():
 
 def test_memory_grows_with_the_crops_of_a_step_and_is_half_in_two_bytes():
     def memory(half: bool = False, **settings) -> int:
-        return cost._memory(PretrainConfig(size=16, **settings), half, 0)
+        config = PretrainConfig(size=16, **settings)
+        return cost._memory(config, pretraining.build_model(config), half, 0)
 
     one, two, three = (memory(batch_size=each) for each in (64, 128, 192))
     assert two - one == three - two > 0 and (memory(True, batch_size=128) - (two - 2 * (two - one))) == two - one
-    assert cost._memory(PretrainConfig(size=16, batch_size=64), False, 1000) == one + 1000
+    config = PretrainConfig(size=16, batch_size=64)
+    assert cost._memory(config, pretraining.build_model(config), False, 1000) == one + 1000
 
 
 def test_the_command_prints_a_table_its_sum_and_where_rates_come_from(notebook, tmp_path, monkeypatch, capsys):

@@ -229,6 +229,21 @@ def test_gain_figure_has_a_line_per_objective_from_the_lowest_to_the_highest():
     assert sorted(np.concatenate(ends)) == [50, 52, 58, 65]
 
 
+@pytest.mark.parametrize("representations", [3, 6])
+@pytest.mark.parametrize("objectives", [1, 7])
+def test_gain_figure_cuts_nothing_off(representations, objectives):
+    table = pd.DataFrame([{"objective": f"model {i}", "representation": f"bag of 16, in a way {j}",
+                           "accuracy": 50 + i + 2 * j} for i in range(objectives) for j in range(representations)])
+    figure = figures.gain_figure(table)
+    figure.canvas.draw()
+    legend, axis = figure.legends[0].get_window_extent(), figure.axes[0]
+    assert 0 <= legend.x0 and legend.x1 <= figure.bbox.width and 0 <= legend.y0
+    inside = axis.get_window_extent()
+    markers = [axis.transData.transform(line.get_xydata()[0]) for line in axis.lines if line.get_marker() != "None"]
+    assert len(markers) == objectives * representations
+    assert all(inside.y0 + 5 < y < inside.y1 - 5 for _, y in markers)
+
+
 @pytest.mark.parametrize("name, value", [
     ("text.usetex", True), ("savefig.transparent", True), ("axes.xmargin", 0.4), ("font.family", ["serif"]),
     ("savefig.bbox", "tight"), ("path.sketch", (1, 100, 2))])  # fmt: skip
