@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -41,13 +42,20 @@ def _synthetic(split: str) -> tuple:
     return *synthetic.draw(split)[:2], synthetic.CLASSES
 
 
+def _synthetic_jpeg(split: str) -> tuple:
+    return importlib.import_module("bagssl.synthetic_files").draw(split)  # it imports, and so asks this module
+
+
 # What is made, not read: name -> a function from "train" or "test" to pixels, labels and classes (see `data.Images`).
-EMBEDDED = {"synthetic": _synthetic}
+EMBEDDED = {"synthetic": _synthetic, "synthetic-jpeg": _synthetic_jpeg}
+DECODED = "as it is decoded"  # instead of a SHA-256: one JPEG decoder may round otherwise than another
 # ... and what that comes to, for whoever asks in a hurry: classes, size, images and SHA-256 of each split. A test sees
 # to it that it is so.
 MADE = {"synthetic": {"classes": 10, "size": "32×32", "splits": {
     "train": (4000, "29d01c1be63d954038c606d0baff893a398a604cbd9c00e43bce8a4368446cd7"),
-    "test": (1000, "d7c06264d47a67f96398411c44ac4166926cd78b07f890ad5a53466e94870e22")}}}  # fmt: skip
+    "test": (1000, "d7c06264d47a67f96398411c44ac4166926cd78b07f890ad5a53466e94870e22")}},
+    "synthetic-jpeg": {"classes": 10, "size": "64×64", "splits": {"train": (1000, DECODED), "test": (400, DECODED)}},
+}  # fmt: skip
 
 
 def available(name: str, root: Path | None = None) -> bool:
@@ -95,7 +103,7 @@ def _read(name: str, root: Path | None) -> tuple[dict, dict[str, list[int]]]:
 
 
 def recorded(name: str, root: Path | None = None) -> dict[str, str] | None:
-    """The SHA-256 of both splits as they were written down; `data.check` looks whether they are so still.
+    """The SHA-256 of both splits as they were written down, or `DECODED`; `data.check` looks whether they are so still.
 
     None for what is made and nowhere written down. Raises InputError, with the command that adds the data, when it is
     absent or its header is damaged.

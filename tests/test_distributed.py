@@ -387,6 +387,37 @@ def test_an_evaluation_by_two_processes_is_that_of_one(root, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("end", ["killed", "hanging", "interrupted"])
+def test_an_evaluation_that_is_ended_ends_all_and_keeps_what_was_measured(root, end):
+    config = PretrainConfig(**{**TINY, "objective": "simclr", "training": "untrained"})
+    run = pretrain(config, load("synthetic", "train"), progress=False)
+    process = started([sys.executable, "-m", "bagssl.cli", "evaluate", run.path.name, "--dataset", "synthetic", "--ks",
+                       "0,4000", "--scales", "0.3", "--processes", "2"], BAGSSL_TIMEOUT="4")  # fmt: skip
+    measured = run.path / "evaluations"
+    until(lambda: list(measured.glob("*.json")), process)  # the centre crop; the bags will take minutes
+    time.sleep(1)
+    begun, peers = time.monotonic(), workers(process)
+    if end == "interrupted":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(peers[1], signal.SIGKILL if end == "killed" else signal.SIGSTOP)
+    if end == "hanging":
+        line = next(line for line in process.stderr if line.startswith("bagssl: "))
+        assert 3 < time.monotonic() - begun < 30
+        os.kill(peers[1], signal.SIGCONT)  # the launcher would kill it after half a minute
+        _, said = process.communicate(timeout=60)
+        said = line + said
+    else:
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 30
+    (line,) = ours(said)
+    wanted = {"killed": "of this evaluation has ended; the next call measures again", "interrupted": "interrupted; the",
+              "hanging": "of this evaluation has not answered for 4 s"}  # fmt: skip
+    assert wanted[end] in line and len(list(measured.glob("*.json"))) == 1
+    assert process.returncode == 130 if end == "interrupted" else process.returncode
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_ctrl_c_leaves_a_checkpoint_and_code_130_and_a_lock_is_waited_for_longer_than_a_peer(root):
     config = PretrainConfig(**{**TINY, "objective": "simclr", "epochs": 50})
     run = runs.open_run(config.to_dict(), load("synthetic", "train").fingerprint, config.label)

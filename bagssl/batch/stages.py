@@ -100,7 +100,8 @@ def _fetched(dataset: str) -> str:
 def _checked(dataset: str) -> str:
     from bagssl import data
 
-    return " ".join(data.check(dataset).values())
+    found = catalogue.recorded(dataset)
+    return " ".join((found if found and catalogue.DECODED in found.values() else data.check(dataset)).values())
 
 
 @functools.cache
