@@ -180,6 +180,7 @@ def pretrain(arguments: argparse.Namespace) -> int | None:
 
 def evaluate(arguments: argparse.Namespace) -> int | None:
     from bagssl import data, distributed, evaluation, foreign, words
+    from bagssl.batch.kernels import sigterm_as_ctrl_c
     from bagssl.parameters import conform
     from bagssl.study import sizes
 
@@ -199,10 +200,11 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
         print(encoder, file=sys.stderr, flush=True)
     top5 = len(train.classes) >= TOP5_FROM
     try:
-        rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes, top5=top5)
+        with sigterm_as_ctrl_c():  # a launcher sends it where one of its processes has ended
+            rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes, top5=top5)
     except KeyboardInterrupt:
-        raise Stopped("interrupted; the next call goes on after the last scale that was measured whole",
-                      interrupted=True) from None
+        peer = ", or another process of it has ended" * (launched() > 1)
+        raise Stopped(f"interrupted{peer}; the next call goes on after what was measured", interrupted=True) from None
     if rank():
         return
     about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
@@ -438,7 +440,6 @@ def _shown(error: UnicodeError) -> tuple[str | bytes, int]:
 def _say(message: str, code: int) -> int:
     if launched() > 1:  # one of several processes that end alike
         from bagssl.distributed import speaks
-
         if not speaks():
             return code
     print(f"bagssl: {' '.join(message.split())}", file=sys.stderr)

@@ -411,7 +411,7 @@ def test_an_evaluation_that_is_ended_ends_all_and_keeps_what_was_measured(root, 
         _, said = process.communicate(timeout=60)
         assert time.monotonic() - begun < 30
     (line,) = ours(said)
-    wanted = {"killed": "of this evaluation has ended; the next call measures again", "interrupted": "interrupted; the",
+    wanted = {"killed": "another process of it has ended; the next call goes on", "interrupted": "interrupted, or",
               "hanging": "of this evaluation has not answered for 4 s"}  # fmt: skip
     assert wanted[end] in line and len(list(measured.glob("*.json"))) == 1
     assert process.returncode == 130 if end == "interrupted" else process.returncode

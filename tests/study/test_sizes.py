@@ -27,13 +27,15 @@ RECIPE = {"size": 8, "width": 8, "epochs": 1.0, "views": 2, "batch_size": 4,
           "recipe": {"projector_hidden": 16, "projector_dim": 8}}  # fmt: skip
 ASKED = {  # the least that each notebook does on the dataset "few"
     "00": {"dataset": "synthetic"}, "01": {"starts": [0], "objectives": ["spectral"]},
-    "02": {"seeds": [0], "ks": [0, 1, 4]}, "03": {"ks": [1, 4], "patch_scales": [0.2, 0.6]},
+    "02": {"seeds": [0], "ks": [0, 1, 4], "probe_images": 0},
+    "03": {"ks": [1, 4], "patch_scales": [0.2, 0.6], "probe_images": 0},
     "04": {"images": 20, "ks": [1, 2, 4, 8]},
     "05": {"images": 12, "count": 2, "shifts": [1], "k": 2, "queries": [0, 3]},
     "06": {"objectives": ["simclr"], "bag": 2, "probe_images": 0},
     "07": {"seeds": [0], "k": 3, "images": 8},
     "08": {"view_counts": [2, 4], "crops": [64], "crops_per_step": 8, "bag": 2, "probe_images": 0},
     "09": {"lengths": [1.0], "changes_length": 1.0, "crops_per_step": 8, "bag": 2, "probe_images": 0},
+    "10": {"patch_sizes": [8, 12], "patch_size": 8, "baseline_size": 12, "ks": [1, 4]},
 }  # fmt: skip
 OWN = {"00": {"epochs", "views", "batch_size"}, "01": {"epochs", "views", "batch_size"},
        "08": {"epochs", "views", "batch_size"}, "09": {"epochs", "batch_size"}}  # fmt: skip
@@ -104,6 +106,8 @@ REFUSED = [  # notebook, what is asked, and what the refusal names
     ("08", {"crops_per_step": 100}, "crops_per_step"), ("08", {"crops": [64, 1]}, "crops"),
     ("08", {"view_counts": []}, "view_counts"), ("08", {"bag": -1}, "bag"),
     ("09", {"dataset": "hundred", "probe_images": 2000}, "probe_images = 2000 of 120"),
+    ("10", {"patch_sizes": [8, 1000]}, "patch_sizes"), ("10", {"patch_size": 12}, "not the largest"),
+    ("10", {"patch_sizes": [8, 8, 12]}, "patch_sizes"), ("10", {"probe_images": 41}, "probe_images"),
     ("09", {"crops_per_step": 10**4}, "crops_per_step"), ("09", {"lengths": [1.0, 0.001]}, "lengths"),
     ("09", {"changes": {"a": {"patch_scale": 0.01}}, "dataset": "specks"}, "changes.*patch_scale"),
     ("09", {"changes": {"a": 3}}, "changes"),
@@ -131,7 +135,7 @@ def quietly(config, images, **options):
 
 
 NAMING = ["05", "07", "09"]  # they show names in figures
-OTHERS = [pytest.param(number, marks=pytest.mark.nightly) for number in ("02", "03", "04", "06", "08")]
+OTHERS = [pytest.param(number, marks=pytest.mark.nightly) for number in ("02", "03", "04", "06", "08", "10")]
 
 
 @pytest.mark.parametrize("notebook", NAMING + OTHERS)
