@@ -15,7 +15,6 @@ from bagssl import __version__
 from bagssl.errors import Diverged, InputError, Lost, Stopped, shortage
 from bagssl.ranks import launched, rank
 
-TOP5_FROM = 100  # classes
 # What a disk refuses, does not know, or no longer answers; any other OSError is a bug.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
          errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP, errno.EMLINK,
@@ -102,10 +101,26 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if arguments.whole and not (arguments.bare and arguments.time_limit):
         raise InputError("--whole is for a box that is gone afterwards: give --bare and --time-limit with it")
     asked = arguments.experiment, arguments.profile, assignments(arguments.set)
+    if arguments.cluster:
+        return _submit(arguments, asked)
+    if arguments.cluster_options or arguments.dry_run:
+        raise InputError("--cluster-options and --dry-run go with --cluster slurm or --cluster local")
     if arguments.bare:
         return reproduce.reproduce_bare(*asked, time_limit=arguments.time_limit, whole=arguments.whole)
     return reproduce.reproduce(*asked, jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit,
                                replace=arguments.replace)  # fmt: skip
+
+
+def _submit(arguments: argparse.Namespace, asked: tuple) -> int:
+    from bagssl.batch import cluster
+    from bagssl.errors import check_choice
+
+    check_choice("cluster", arguments.cluster, cluster.KINDS)
+    if arguments.bare or arguments.whole or arguments.time_limit:
+        raise InputError("--cluster has jobs with limits of their own (timeout_min in --cluster-options): leave out "
+                         "--bare, --whole and --time-limit")  # fmt: skip
+    return cluster.submit(*asked, arguments.cluster, arguments.cluster_options, jobs=arguments.jobs,
+                          dry_run=arguments.dry_run, fresh=arguments.fresh, replace=arguments.replace)
 
 
 def list_experiments(arguments: argparse.Namespace) -> None:
@@ -179,7 +194,7 @@ def pretrain(arguments: argparse.Namespace) -> int | None:
 
 
 def evaluate(arguments: argparse.Namespace) -> int | None:
-    from bagssl import data, distributed, evaluation, foreign, words
+    from bagssl import data, distributed, evaluation, foreign, overview, words
     from bagssl.batch.kernels import sigterm_as_ctrl_c
     from bagssl.parameters import conform
     from bagssl.study import sizes
@@ -198,7 +213,7 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
     sizes.check_probes(train, probes)
     if isinstance(encoder, foreign.Foreign) and not rank():
         print(encoder, file=sys.stderr, flush=True)
-    top5 = len(train.classes) >= TOP5_FROM
+    top5 = len(train.classes) >= evaluation.TOP5_FROM
     try:
         with sigterm_as_ctrl_c():  # a launcher sends it where one of its processes has ended
             rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes, top5=top5)
@@ -210,32 +225,10 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
     about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
              "test_images": len(test)}  # fmt: skip
     if arguments.csv:
-        write_csv(arguments.csv, [{**about, **row} for row in rows])
+        overview.write_csv(arguments.csv, [{**about, **row} for row in rows])
     print(f"{about['encoder']}, kept in {os.path.relpath(encoder.path)}", file=sys.stderr)
     names = ("SHOWN", "K", "PROBE", "ACCURACY", "FROM", "TO", *["TOP-5"] * top5, "GAIN", "FROM", "TO")
-    print(table([names, *map(shown, rows)]))
-
-
-def shown(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of `evaluation.over_scales` as text: per cent and points, each with the ends of its interval."""
-    what = "centre crop" if row["scale"] is None else f"scale {row['scale']:g}"
-    shares = [f"{row[name]:.2f}" for name in ("accuracy", "low", "high", "top5") if name in row]
-    gain = [f"{row[name]:+.2f}" if name in row else "" for name in ("gain", "gain_low", "gain_high")]
-    return what, str(row["k"]), row["probe"], *shares, *gain
-
-
-def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    import csv
-
-    from bagssl.paths import write_atomically
-
-    columns = ["encoder", "dataset", "train_images", "test_images", "scale", "k", "probe", "feature", "accuracy", "low",
-               "high", "gain", "gain_low", "gain_high"]  # fmt: skip
-    columns += [name for name in rows[0] if name.startswith("top5")]
-    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    print(table([names, *map(overview.measured, rows)]))
 
 
 def runs_list(arguments: argparse.Namespace) -> None:
@@ -306,6 +299,10 @@ def build_parser() -> argparse.ArgumentParser:
                          help="without Jupyter, in this process: for a box that only trains and measures models")
     options.add_argument("--whole", action="store_true",
                          help="begin no model or measurement that cannot end in the time limit, the most wanted first")
+    options.add_argument("--cluster", metavar="KIND", help="slurm or local: a job for each model, then one for each "
+                         "notebook, by submitit; local: --jobs N side by side, or one on each GPU")  # fmt: skip
+    options.add_argument("--cluster-options", metavar="FILE", help="YAML: submitit's parameters, such as timeout_min")
+    options.add_argument("--dry-run", action="store_true", help="say what --cluster would submit, and what is missing")
 
     command("list", list_experiments, "Show experiments: paper artefact, notebook, cost per profile, state.")
     options = command("cost", cost, "Show what an experiment will take, before anything is trained: images, crops, "

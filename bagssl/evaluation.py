@@ -33,6 +33,7 @@ PROBES = {"knn": knn, "linear": linear}
 FEATURES = ("h", "z")
 BESIDE = "with centre crop"
 POOLS = (*OF_BAGS, BESIDE)
+TOP5_FROM = 100  # classes: with fewer, five answers say little
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
 LARGE, SAMPLE = 10_000, 10  # training images from which a probe takes long, and what share of them tells how long

@@ -1,11 +1,13 @@
-"""What the store holds, run by run: for `bagssl runs list`, and to choose from."""
+"""What the store holds, run by run, and what was measured of one: for `bagssl runs` and `bagssl evaluate`."""
 
 import contextlib
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bagssl.errors import InputError
+from bagssl.paths import write_atomically
 from bagssl.runs import WEIGHTS, Run, known, list_runs, machine, read_json
 
 
@@ -45,3 +47,22 @@ def headline(run: Run) -> dict[str, Any] | None:
                 found += [((row["probe"] == "linear", row["feature"] == "h", whole, row["k"]), row)
                           for row in content["rows"]]
     return max(found, key=lambda each: each[0])[1] if found else None
+
+
+def measured(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of `evaluation.over_scales` as text: per cent and points, each with the ends of its interval."""
+    what = "centre crop" if row["scale"] is None else f"scale {row['scale']:g}"
+    shares = [f"{row[name]:.2f}" for name in ("accuracy", "low", "high", "top5") if name in row]
+    gain = [f"{row[name]:+.2f}" if name in row else "" for name in ("gain", "gain_low", "gain_high")]
+    return what, str(row["k"]), row["probe"], *shares, *gain
+
+
+def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of `evaluation.over_scales`, with what they are about, as a table."""
+    columns = ["encoder", "dataset", "train_images", "test_images", "scale", "k", "probe", "feature", "accuracy", "low",
+               "high", "gain", "gain_low", "gain_high"]  # fmt: skip
+    columns += [name for name in rows[0] if name.startswith("top5")]
+    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)

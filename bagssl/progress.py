@@ -28,6 +28,7 @@ def progress_bar(total: int, done: int, label: str, enabled: bool = True,
         def update(done: int, note: str = "") -> None:
             bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)
+            _show_in_terminal(f"{done / total:4.0%}  {note}")
 
         with bar:
             yield update

@@ -37,6 +37,9 @@ CASES = {name: {"objective": name, **COLOURED} for name in OBJECTIVES} | {
 SPARED = {f"{name}, {' and '.join(how)}": (name, dict.fromkeys(how, True))
           for name, how in (("simclr", ["recompute"]), ("groups", ["accumulate"]),
                             ("groups of simclr", ["accumulate", "recompute"]), ("moco", ["recompute"]))}  # fmt: skip
+BACKBONE = {"objective": "simclr", "encoder": "resnet50", "stem": "imagenet", "width": 16, "size": 64, "batch_size": 8,
+            "views": 2}  # fmt: skip
+ALL = {"recompute": True, "accumulate": True}
 CURVES = ("simclr", "byol")
 RESUMED = {"objective": "vicreg", "seed": 5}
 
@@ -76,6 +79,19 @@ def one_step(images, settings, **spared) -> dict[str, Tensor]:
     buffers = [each.flatten().double() for each in learner.model.buffers()]
     return {"crops": seen[0], "gradients": torch.cat(gradients), "buffers": torch.cat(buffers),
             "terms": torch.stack(list(terms.values()))}  # fmt: skip
+
+
+def twenty_steps(images, norm_groups=2, **spared) -> dict[str, Tensor]:
+    """Of a ResNet-50 with ImageNet's stem on patches of 64 px: the loss of each step, the gradients of the last one."""
+    config = PretrainConfig(**{**TINY, **BACKBONE, "norm_groups": norm_groups})
+    learner = Learner(config, CPU, torch.float32, "none", **spared)
+    losses = []
+    for step in range(20):
+        learner.generator.manual_seed(step)
+        batch = distributed.share(torch.arange(8), norm_groups)
+        losses.append(learner.step(images.pixels[batch], 0.01, 1.0)["loss"])
+    gradients = torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
+    return {"losses": torch.stack(losses), "gradients": gradients}
 
 
 def steps(images, faults) -> dict[str, dict[str, Tensor]]:
@@ -118,6 +134,9 @@ def as_one_of_several(folder: Path) -> None:
     with float64():
         with distributed.led(contextlib.nullcontext()), distributed.group(CPU):
             torch.save(steps(images, FAULTS), folder / f"steps-{world}-{distributed.rank()}.pt")
+            if world == 2:
+                each = {name: twenty_steps(images, **how) for name, how in (("plain", {}), ("spared", ALL))}
+                torch.save(each, folder / f"backbone-{distributed.rank()}.pt")
         for objective in CURVES:
             run = train(images, folder / f"curves-{world}", objective=objective)
         assert train(images, folder / f"curves-{world}", objective=CURVES[-1]) == run and run.finished
@@ -224,6 +243,17 @@ def test_what_is_computed_again_changes_neither_gradients_nor_statistics(worlds,
     for rank in found(worlds, count):
         for what in ("gradients", "buffers"):
             assert apart(rank[spared][what], one[plain][what]) < 1e-10
+
+
+def test_a_resnet_50_on_64_px_is_trained_by_two_processes_that_save_memory_as_by_one_that_does_not(worlds):
+    with float64():
+        one, other = twenty_steps(few()), twenty_steps(few(), norm_groups=1)
+    assert (one["losses"].diff().abs() > 1e-3).all()  # each step changes the network
+    assert apart(other["gradients"], one["gradients"]) > 0.05  # the control: statistics of the whole batch
+    for rank in range(2):
+        for how, found in torch.load(worlds / f"backbone-{rank}.pt").items():
+            torch.testing.assert_close(found["losses"], one["losses"], rtol=1e-8, atol=0)
+            assert apart(found["gradients"], one["gradients"]) < 1e-7, how
 
 
 def test_groups_of_a_batch_have_statistics_of_their_own(worlds):

@@ -583,7 +583,7 @@ def test_the_command_prints_a_table_and_measures_nothing_twice(folder, capsys, m
         assert f"{float(row['accuracy']):.2f}" in line and float(row["low"]) <= float(row["accuracy"])
     gain = float(rows[2]["accuracy"]) - float(rows[0 if rows[0]["probe"] == rows[2]["probe"] else 1]["accuracy"])
     assert float(rows[2]["gain"]) == pytest.approx(gain) and "top5" not in rows[0]
-    monkeypatch.setattr(cli, "TOP5_FROM", 10)  # as of a dataset of a hundred classes
+    monkeypatch.setattr(evaluation, "TOP5_FROM", 10)  # as of a dataset of a hundred classes
     (head, *lines), _ = evaluate("--ks 0,1 --scales 0.25 --csv out.csv", capsys)
     with open("out.csv", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))

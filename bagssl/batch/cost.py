@@ -217,13 +217,13 @@ def table(found: Cost, price: float | None = None) -> list[list[str]]:
         what = "random weights" if work.config and not work.config.epochs else what
         images = work.images or sum(train + test for train, test, _ in work.fits)
         lines.append([work.model, what, *_counts(images, work.crops, work.flops, work.read), _hours(row.seconds),
-                      numbers.get(row.source, row.source), _size(row.disk), _size(row.memory),
+                      numbers.get(row.source, row.source), size_text(row.disk), size_text(row.memory),
                       *_money(row.seconds, price)])  # fmt: skip
     works, least = [row.work for row in found.rows], _least(found)
     lines.append(["sum", f"{len(found.rows)} works", *_counts(
         *(sum(getattr(work, name) for work in works) for name in ("images", "crops", "flops", "read"))),
-        least + _hours(found.seconds), "", _size(sum(row.disk for row in found.rows)),
-        _size(max((row.memory for row in found.rows), default=0)),
+        least + _hours(found.seconds), "", size_text(sum(row.disk for row in found.rows)),
+        size_text(max((row.memory for row in found.rows), default=0)),
         *(least + money for money in _money(found.seconds, price))])  # fmt: skip
     return lines
 
@@ -249,8 +249,8 @@ def notes(found: Cost, gpus: int | None, price: float | None) -> list[str]:
     if done.ended:
         lines.append(f"counted up to {done.ended}: what comes after it is not in the table, which is the least")
     if checkpoint := max((row.checkpoint for row in found.rows), default=0):
-        lines.append(f"disk: beside it up to {_size(checkpoint)} for the checkpoint of each model in training; memory: "
-                     "of a device, at least, the most in the sum")  # fmt: skip
+        lines.append(f"disk: beside it up to {size_text(checkpoint)} for the checkpoint of each model in training; "
+                     "memory: of a device, at least, the most in the sum")  # fmt: skip
     if gpus:
         wall = found.wall(gpus)
         paid = f"; {gpus} held so long: {_least(found)}{_money(wall * gpus, price)[0]} EUR" if price else ""
@@ -261,7 +261,7 @@ def notes(found: Cost, gpus: int | None, price: float | None) -> list[str]:
 
 def _counts(*counts: float) -> list[str]:
     images, crops, flops, read = counts
-    return [f"{images:,}", f"{crops:,}", f"{flops:.3g}", _size(read)]
+    return [f"{images:,}", f"{crops:,}", f"{flops:.3g}", size_text(read)]
 
 
 def _hours(seconds: float | None) -> str:
@@ -272,7 +272,7 @@ def _money(seconds: float | None, price: float | None) -> Sequence[str]:
     return [] if not price else [""] if seconds is None else [f"{seconds / 3600 * price:.2f}"]
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes to read: 0, 12.3 MB, 4.56 GB."""
     power = min(int(math.log10(count)) // 3, 5) if count >= 1 else 0
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}" if count else "0"

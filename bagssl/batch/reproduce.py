@@ -74,7 +74,7 @@ def reproduce(names: Sequence[str] = (), profile: str = "smoke", overrides: Mapp
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)  # the other clock may be set
     stages = _stages(names, profile, overrides, notebooks, results)
     if overrides and not replace and profile in RECORDED:
-        _spare_records(stages)
+        spare_records(stages)
     if jobs > 1:  # share the cores out; torch would otherwise use all of them in every kernel
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     works = {stage.experiment.name: functools.partial(_run_stage, stage, fresh, deadline) for stage in stages}
@@ -94,7 +94,7 @@ def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | N
     return [plan(each, profile, overrides, results=results) for each in chosen if names or each.name not in absent]
 
 
-def _spare_records(stages: Sequence[Stage]) -> None:
+def spare_records(stages: Sequence[Stage]) -> None:
     """Raises InputError where results are kept that other parameters gave: they may have taken days."""
     for stage in stages:
         kept = read_record(stage.folder / "provenance.json").get("parameters")

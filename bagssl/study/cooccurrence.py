@@ -177,23 +177,31 @@ def readout(z: Tensor) -> Kernel:
     return lambda first, second: 1 + (first.double() - mean) @ inner @ (second.double() - mean).T
 
 
-def learned_ratio(kernel: Kernel, z: Tensor, part: Tensor, parts: int, groups: int = 20) -> Tensor:
+def learned_ratio(kernel: Kernel, z: Tensor, part: Tensor, parts: int, groups: int = 20,
+                  affine: bool = False) -> Tensor:  # fmt: skip
     """The ratio of parts according to z: the mean of `kernel` over the pairs of their cells from different images.
 
     Given its part, a cell still differs in position, noise and the light of its image; in the true ratio of patches
     these average out exactly, as the mean of p(x1, x2) / (p(x1) p(x2)) over independent x1 of part a and x2 of part b
-    is the ratio of a and b. (Of a bilinear kernel it is the kernel of the mean projections.) z [images, cells, D], part
-    int64 [images, cells], every part in several images. The images are taken in `groups`, and pairs from two of them.
+    is the ratio of a and b. affine: the kernel is so in either argument, as `gram` and `readout` are; its mean is then
+    that of the mean projections, and takes no pairs. z [images, cells, D], part int64 [images, cells], every part in
+    several images. The images are taken in `groups`, and pairs from two of them.
     Returns float64 [1 + groups, P, P]: of all images, then without each of the groups.
     """
     zs, shown = z.chunk(groups), [F.one_hot(chunk.flatten(), parts).to(z) for chunk in part.chunk(groups)]
     count = torch.stack([one.sum(0) for one in shown]).double()
+    means = [one.T.double() @ group.flatten(0, 1).double() / one.sum(0).clamp(min=1)[:, None]
+             for one, group in zip(shown, zs, strict=True)]  # fmt: skip
     sums, counts = (torch.zeros(1 + len(zs), parts, parts, dtype=torch.float64) for _ in range(2))
     for a in range(len(zs)):
         for b in range(a):
-            said = kernel(zs[a].flatten(0, 1), zs[b].flatten(0, 1)).to(z)
-            said = (shown[a].T @ said @ shown[b]).double()
-            for total, block in ((sums, said), (counts, torch.outer(count[a], count[b]))):
+            pairs = torch.outer(count[a], count[b])
+            if affine:
+                said = kernel(means[a], means[b]) * pairs
+            else:
+                said = kernel(zs[a].flatten(0, 1), zs[b].flatten(0, 1)).to(z)
+                said = (shown[a].T @ said @ shown[b]).double()
+            for total, block in ((sums, said), (counts, pairs)):
                 total[[0, a + 1, b + 1]] += block + block.T
     sums[1:], counts[1:] = sums[0] - sums[1:], counts[0] - counts[1:]
     return sums / counts

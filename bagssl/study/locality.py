@@ -211,7 +211,7 @@ def neighbours(features: Tensor, labels: Tensor, boxes: Tensor | None = None,
     found: dict[str, list[Tensor]] = {}
 
     def add(name: str, hits: Tensor, wanted: Tensor, allowed: Tensor) -> None:
-        chance = (wanted & allowed).sum(dim=1) / allowed.sum(dim=1)
+        chance = _true(wanted & allowed) / _true(allowed)
         found.setdefault(name, []).append(torch.stack([hits.double(), chance.double()], dim=1))
 
     for rows in torch.arange(len(flat)).split(max(1, BLOCK // len(flat))):
@@ -231,6 +231,11 @@ def neighbours(features: Tensor, labels: Tensor, boxes: Tensor | None = None,
             add(name, wanted.gather(1, closest).double().mean(dim=1), wanted, ~own)
     each = {name: torch.cat(blocks).view(n, count, 2).mean(dim=1).numpy() for name, blocks in found.items()}
     return {name: (share(both[:, 0]), share(both[:, 1])) for name, both in each.items()}
+
+
+def _true(marks: Tensor) -> Tensor:
+    """How many of each row are true: as bytes they are counted ten times as fast on a CPU."""
+    return marks.view(torch.uint8).sum(dim=1, dtype=torch.int32)
 
 
 def nearest(features: Tensor, patch: int, image: int, k: int) -> tuple[Tensor, Tensor]:

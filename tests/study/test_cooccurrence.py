@@ -173,6 +173,20 @@ def test_learned_ratio_is_the_mean_over_pairs_of_different_groups():
     torch.testing.assert_close(learned[4], co.learned_ratio(co.gram, z[rest], part[rest], 6, groups=9)[0])
 
 
+def test_of_an_affine_kernel_the_mean_over_pairs_is_that_of_the_means():
+    z, part = quilts()
+    part[part == 5] = 0
+    part[-12:] = 5  # a part that most groups lack
+    for kernel in (co.gram, co.readout(z)):
+        pairs, means = (co.learned_ratio(kernel, z, part, 6, groups=10, affine=affine) for affine in (False, True))
+        torch.testing.assert_close(means, pairs, equal_nan=True)
+        assert pairs[0].isfinite().all()
+    # the control: of another kernel it is not
+    curved = co.exponential(z, 0.5)
+    pairs, means = (co.learned_ratio(curved, z, part, 6, groups=10, affine=affine) for affine in (False, True))
+    assert (means - pairs)[0].abs().max() > 0.1
+
+
 def test_patches_of_one_image_are_never_compared():
     _, part = quilts()
     image = torch.eye(60)[:, None].expand(60, 4, 60)  # each image's patches agree with each other and with nothing
