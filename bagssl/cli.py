@@ -113,14 +113,16 @@ def reproduce(arguments: argparse.Namespace) -> int:
 
 def _submit(arguments: argparse.Namespace, asked: tuple) -> int:
     from bagssl.batch import cluster
-    from bagssl.errors import check_choice
 
-    check_choice("cluster", arguments.cluster, cluster.KINDS)
     if arguments.bare or arguments.whole or arguments.time_limit:
         raise InputError("--cluster has jobs with limits of their own (timeout_min in --cluster-options): leave out "
                          "--bare, --whole and --time-limit")  # fmt: skip
-    return cluster.submit(*asked, arguments.cluster, arguments.cluster_options, jobs=arguments.jobs,
-                          dry_run=arguments.dry_run, fresh=arguments.fresh, replace=arguments.replace)
+    plan = cluster.prepare(*asked, arguments.cluster, arguments.cluster_options, dry_run=arguments.dry_run,
+                           fresh=arguments.fresh, replace=arguments.replace)  # fmt: skip
+    if arguments.dry_run:
+        print(table(cluster.table(plan)), "", *plan.notes, sep="\n")
+        return 2 if plan.lacks else 0
+    return cluster.submit(plan, arguments.jobs)
 
 
 def list_experiments(arguments: argparse.Namespace) -> None:

@@ -9,11 +9,13 @@ minute's.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +23,17 @@ from typing import Any
 
 import yaml
 
-from bagssl import catalogue, words
+from bagssl import catalogue, data, pretraining, words
 from bagssl.batch import cost
 from bagssl.batch.experiments import choose, load_experiments
 from bagssl.batch.kernels import Board
+from bagssl.batch.rehearsal import PUBLISHED, Work
 from bagssl.batch.reproduce import spare_records
-from bagssl.batch.stages import plan, resolve, settings, state
-from bagssl.errors import InputError, Stopped
+from bagssl.batch.stages import plan as plan_stage
+from bagssl.batch.stages import resolve, settings, state
+from bagssl.config import PretrainConfig
+from bagssl.data import Images
+from bagssl.errors import InputError, Stopped, check_choice
 from bagssl.paths import command_folder, cores, data_root, results_root, runs_root
 
 KINDS = ("slurm", "local")
@@ -37,30 +43,28 @@ STOPPED = 3  # the exit code
 WARNED = {"slurm": 90, "local": 30}  # seconds before its limit at which submitit warns a job, which then ends
 MARGIN = 60.0  # seconds before that at which a job stops itself
 REQUEUED = 100  # times that a job may reach its limit
-# Where they are published: classes, training images, and the test split's.
-PUBLISHED = {"imagenet": (1000, 1_281_167, 50_000)}
 
 
 @dataclass(frozen=True)
 class Training:
-    """The call of a job that trains one model; by several tasks on a GPU each, as torchrun's processes would."""
+    """The call of a job that trains one model, on `count` images of its dataset; by several tasks on a GPU each, as
+    torchrun's processes would.
+    """
 
     config: dict[str, Any]
+    count: int
+    fingerprint: str
     places: dict[str, str]
     limit: float = math.inf  # seconds
 
     def __call__(self) -> str:
-        import submitit
-
-        from bagssl import data, pretraining
-        from bagssl.config import PretrainConfig
-
+        submitit = _submitit()
         os.environ.update(self.places | _own_progress())
         if submitit.JobEnvironment().num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         config = PretrainConfig.from_dict(self.config)
         try:
-            return str(pretraining.pretrain(config, data.load(config.dataset, "train"), time_limit=self.limit).path)
+            return str(pretraining.pretrain(config, _images(config, self), time_limit=self.limit).path)
         except Stopped as stop:
             if stop.interrupted:
                 raise
@@ -71,6 +75,14 @@ class Training:
         return _again(self)
 
 
+def _images(config: PretrainConfig, of: Training | Work) -> Images | None:
+    """The images that a model is trained on, if they are the training split or what `data.subset` takes of it."""
+    images = data.load(config.dataset, "train")
+    if len(images) != of.count:
+        images = data.subset(images, of.count)
+    return images if images.fingerprint == of.fingerprint else None
+
+
 @dataclass(frozen=True)
 class Execution:
     """The call of a job that executes the notebook of one experiment, whose models are there."""
@@ -79,7 +91,7 @@ class Execution:
     profile: str
     overrides: dict[str, Any]
     places: dict[str, str]
-    options: dict[str, bool] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # more of `reproduce`
     limit: float = math.inf  # seconds
 
     def __call__(self) -> str:
@@ -101,22 +113,20 @@ class Execution:
 def _later(said: str) -> str:
     """Leave this job as at its limit, so that submitit puts it back into the queue."""
     print(said, flush=True)
-    os.kill(os.getpid(), signal.SIGUSR2)  # the signal of a limit that is near: its handler leaves, in the first task
+    again = signal.getsignal(signal.SIGUSR2)  # submitit's, of a limit that is near
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # that of the limit itself would kill what is leaving
+    again(signal.SIGUSR2, None)  # leaves, in the first task
     signal.pause()  # the others are ended with that one
     return said
 
 
 def _again(call: Training | Execution) -> Any:
-    import submitit
-
-    return submitit.helpers.DelayedSubmission(call)
+    return _submitit().helpers.DelayedSubmission(call)
 
 
 def _own_progress() -> dict[str, str]:
     """Where this job tells how far it is: beside its log."""
-    import submitit
-
-    return {"BAGSSL_PROGRESS": str(submitit.JobEnvironment().paths.stdout.with_suffix(".progress"))}
+    return {"BAGSSL_PROGRESS": str(_submitit().JobEnvironment().paths.stdout.with_suffix(".progress"))}
 
 
 @dataclass
@@ -133,36 +143,55 @@ class Job:
         return PARTS[isinstance(self.call, Execution)]
 
 
-def submit(names: Sequence[str], profile: str, overrides: Mapping[str, Any], kind: str, options: Path | None = None, *,
-           jobs: int = 1, dry_run: bool = False, notebooks: Path | None = None, **execution: bool) -> int:
-    """Submit what experiments need, or with dry_run say what that would be; the exit code.
+@dataclass
+class Plan:
+    """What would be submitted: jobs, models first; parameters of submitit for each part of them; notes to print."""
+
+    kind: str
+    jobs: list[Job]
+    parameters: dict[str, dict[str, Any]]
+    gpus: int  # of this machine, for `local`
+    notes: list[str]
+
+    @property
+    def lacks(self) -> bool:
+        """Whether an experiment cannot be submitted, as its data is not here."""
+        return any(note.startswith("missing: ") for note in self.notes)
+
+
+def prepare(names: Sequence[str], profile: str, overrides: Mapping[str, Any], kind: str, options: Path | None = None, *,
+            dry_run: bool = False, notebooks: Path | None = None, **execution: bool) -> Plan:
+    """What experiments need, as jobs.
 
     names, profile, overrides as of `reproduce`, and execution are options of it. kind: of `KINDS`. options: a YAML file
-    of submitit's parameters, for all jobs or under `models:` and `experiments:`. jobs: on `local` without GPUs, so many
-    side by side. Raises InputError before anything is submitted.
+    of submitit's parameters, for all jobs or under `models:` and `experiments:`. Raises InputError for what is wrong,
+    and for data that is not here; with dry_run a note says that.
     """
+    check_choice("cluster", kind, KINDS)
     _submitit()
     given, gpus = _options(options), _gpus() if kind == "local" else 0
     usual = USUAL | ({"gpus_per_node": 1} if kind == "slurm" or gpus else {})
     parameters = {part: usual | given[part] for part in PARTS}
-    planned, notes = _planned(names, profile, dict(overrides), kind == "slurm" or bool(gpus), execution, notebooks,
-                              dry_run)  # fmt: skip
-    if dry_run:
-        print(_table(planned, parameters, kind), *notes, sep="\n")
-        return 2 if any(note.startswith("missing: ") for note in notes) else 0
-    if not planned:
+    jobs, notes = _planned(names, profile, dict(overrides), kind == "slurm" or bool(gpus), execution, notebooks,
+                           dry_run)  # fmt: skip
+    return Plan(kind, jobs, parameters, gpus, notes)
+
+
+def submit(plan: Plan, side_by_side: int = 1) -> int:
+    """Submit the jobs of a plan; on `local` run them, without GPUs so many side by side. The exit code."""
+    if not plan.jobs:
         print("nothing to submit: all models and results are there")
         return 0
     folder = results_root() / "cluster"
     folder.mkdir(parents=True, exist_ok=True)
-    executors = {part: _executor(kind, folder, parameters[part]) for part in PARTS}
-    for job in planned:
-        job.call = replace(job.call, limit=_limit(kind, parameters[job.part]))
-    print(*notes, f"logs: {os.path.relpath(folder)}", sep="\n", flush=True)
-    if kind == "slurm":
-        return _to_slurm(planned, executors)
-    return _here(planned, executors, max(1, gpus // max(1, parameters["models"].get("gpus_per_node", 1))) if gpus
-                 else jobs, gpus)  # fmt: skip
+    executors = {part: _executor(plan.kind, folder, plan.parameters[part]) for part in PARTS}
+    for job in plan.jobs:
+        job.call = replace(job.call, limit=_limit(plan.kind, plan.parameters[job.part]))
+    print(*plan.notes, f"logs: {os.path.relpath(folder)}", sep="\n", flush=True)
+    if plan.kind == "slurm":
+        return _to_slurm(plan.jobs, executors)
+    each = max(1, plan.parameters["models"].get("gpus_per_node", 1))
+    return _here(plan.jobs, executors, max(1, plan.gpus // each) if plan.gpus else side_by_side, plan.gpus)
 
 
 # ---- what is to be done
@@ -182,7 +211,8 @@ def _planned(names: Sequence[str], profile: str, overrides: dict[str, Any], gpus
             notes[f"{experiment.name}: left out, {file} is not here"] = None
             continue
         try:
-            stage = plan(experiment, profile, overrides, fetch=not dry_run or catalogue.available(every["dataset"]))
+            there = (dataset := every.get("dataset")) is None or catalogue.available(dataset)
+            stage = plan_stage(experiment, profile, overrides, fetch=there or not dry_run)
             if overrides and not execution.get("replace"):
                 spare_records([stage])
             if state(stage) == "fresh" and not execution.get("fresh"):
@@ -196,45 +226,47 @@ def _planned(names: Sequence[str], profile: str, overrides: dict[str, Any], gpus
             continue
         needs = []
         for row in found.rows:
-            if row.work.config is not None and row.work.crops:
-                name = row.work.model
-                models[name] = Job(name, Training(row.work.config.to_dict(), places), rows=[row])
-                needs.append(name)
+            config, work = row.work.config, row.work
+            if config is not None and work.crops and (found.absent or _images(config, work) is not None):
+                call = Training(config.to_dict(), work.count, work.fingerprint, places)
+                models[work.model] = Job(work.model, call, rows=[row])
+                needs.append(work.model)
         rest = [row for row in found.rows if row.work.model not in needs or row.work.kind != "training"]
-        call = Execution(experiment.name, profile, overrides, places, execution)
+        call = Execution(experiment.name, profile, overrides, places, {**execution, "notebooks": notebooks})
         last.append(Job(experiment.name, call, tuple(needs), rest))
-        notes |= dict.fromkeys([*_fewer(every.get("dataset")),
+        notes |= dict.fromkeys([*_fewer(dataset),
                                 *(f"hours: {found.machine}, {each}" for each in cost.sources(found))])  # fmt: skip
     return [*models.values(), *last], list(notes)
 
 
 def _fewer(name: str | None) -> Iterator[str]:
-    """A line where a dataset here is a part of the published one."""
-    if name in PUBLISHED:
-        about = next(row for row in catalogue.status() if row["name"] == name)
-        have, published = (about["classes"], about["train"], about["test"]), PUBLISHED[name]
-        parts = [f"{a:,} of {b:,} {what}" for a, b, what in
-                 zip(have, published, ("classes", "training images", "test images"), strict=True) if a != b]
-        if parts:
-            yield f"missing of {name}: here are {', '.join(parts)}; hours are for these"
+    """A line where a dataset here is none, or a part, of the published one."""
+    if name not in PUBLISHED:
+        return
+    if not catalogue.available(name):
+        yield f"missing: {catalogue.absent(name, None)}; hours are for what is published"
+        return
+    about, (_, classes, counts) = next(row for row in catalogue.status() if row["name"] == name), PUBLISHED[name]
+    have = ((about["classes"], classes, "classes"), *((about[split], counts[split], f"{split} images")
+                                                      for split in counts))  # fmt: skip
+    if parts := [f"{here:,} of {all_:,} {what}" for here, all_, what in have if here != all_]:
+        yield f"missing of {name}: here are {', '.join(parts)}; hours are for these"
 
 
-def _table(planned: Sequence[Job], parameters: Mapping[str, Mapping[str, Any]], kind: str) -> str:
-    from bagssl.cli import table
-
-    numbers = {job.name: str(i) for i, job in enumerate(planned, 1)}
-    rows = [("JOB", "WHAT", "AFTER", "GPUS", "HOURS", "LIMIT", "DISK")]
-    total, disk = 0.0, 0
-    for job in planned:
-        asked = parameters[job.part]
+def table(plan: Plan) -> list[tuple[str, ...]]:
+    """The jobs as text under a header: what each waits for, GPUs, hours on them, its limit, disk; and their sum."""
+    numbers = {job.name: str(i) for i, job in enumerate(plan.jobs, 1)}
+    rows, total, disk = [("JOB", "WHAT", "AFTER", "GPUS", "HOURS", "LIMIT", "DISK")], 0.0, 0
+    for job in plan.jobs:
+        asked = plan.parameters[job.part]
         gpus = asked.get("gpus_per_node", 0) * asked["nodes"]
         size = sum(row.disk + row.checkpoint for row in job.rows)
         hours = sum(row.seconds or 0.0 for row in job.rows) / 3600 / (max(1, gpus) if job.part == "models" else 1)
         total, disk = total + hours * max(1, gpus), disk + size
         rows.append((numbers[job.name], job.name, " ".join(numbers[each] for each in job.needs), str(gpus),
                      f"{_least(job)}{hours:.3g}", f"{asked['timeout_min'] / 60:.3g} h", cost.size_text(size)))
-    unit, least = "GPU hours" if kind == "slurm" else "hours", max(map(_least, planned), default="")
-    return f"{table(rows)}\n\n{len(planned)} jobs, {least}{total:.3g} {unit}, disk {cost.size_text(disk)}"
+    unit, least = "GPU hours" if plan.kind == "slurm" else "hours", max(map(_least, plan.jobs), default="")
+    return [*rows, ("sum", f"{len(plan.jobs)} jobs", "", "", f"{least}{total:.3g}", unit, cost.size_text(disk))]
 
 
 def _least(job: Job) -> str:
@@ -247,10 +279,9 @@ def _least(job: Job) -> str:
 
 def _submitit() -> Any:
     try:
-        import submitit
+        return importlib.import_module("submitit")
     except ImportError:
         raise InputError("--cluster needs submitit: pip install 'bagssl[cluster]', or pip install submitit") from None
-    return submitit
 
 
 def _options(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -278,10 +309,11 @@ def _executor(kind: str, folder: Path, parameters: Mapping[str, Any], named: str
     try:
         executor = submitit.AutoExecutor(folder, cluster=kind, slurm_max_num_timeout=REQUEUED,
                                          local_max_num_timeout=REQUEUED)  # fmt: skip
-        executor.update_parameters(**parameters)
+        with warnings.catch_warnings(action="error"):  # of names that were once submitit's
+            executor.update_parameters(**parameters)
     except RuntimeError as error:  # no srun
         raise InputError(f"--cluster {kind}: {error}") from None
-    except (NameError, AssertionError, TypeError, ValueError) as error:
+    except (NameError, AssertionError, TypeError, ValueError, UserWarning) as error:
         where = f"--cluster-options {named}" if named else f"--cluster {kind}"
         raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from None
     return executor

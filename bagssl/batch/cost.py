@@ -1,9 +1,9 @@
 """`bagssl cost`: what an experiment will take, before it is spent.
 
 What is to be done the notebook itself says (rehearsal.py); how fast it goes, a row of `bagssl bench` that was measured
-on a machine of the kind. Seconds of a network are its FLOPs over that row's FLOP/s, those of a probe grow with images
-and dimensions. Where no row was measured there are no seconds; and what `bench` has no row for (reading from a disk,
-decoding, figures) is not in them.
+on a machine of the kind. Seconds of a network are its FLOPs over that row's FLOP/s, those of fresh crops in training
+grow with their pixels, those of a probe with images and dimensions. Where no row was measured there are no seconds; and
+what `bench` has no row for (reading from a disk, decoding, figures) is not in them.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 
 from bagssl import catalogue, pretraining, runs
 from bagssl.batch.experiments import choose, load_experiments
-from bagssl.batch.rehearsal import Rehearsal, Work, rehearse
+from bagssl.batch.rehearsal import PUBLISHED, Rehearsal, Work, rehearse, trained_flops
 from bagssl.batch.stages import resolve, settings
 from bagssl.config import PretrainConfig
 from bagssl.devices import COMPILE_FROM
@@ -50,6 +50,7 @@ class Cost:
     rows: list[Row]
     done: Rehearsal
     machine: str
+    absent: str = ""  # a dataset that is not here, and counted as it is published
 
     @property
     def seconds(self) -> float:
@@ -77,11 +78,12 @@ def cost(name: str, profile: str = "smoke", overrides: Mapping[str, Any] | None 
     (experiment,) = choose(load_experiments(notebooks), [name], profile)
     parameters = resolve(experiment, profile, overrides or {})
     dataset = settings(experiment, parameters).get("dataset")
-    if dataset is not None and not catalogue.available(dataset):
+    there = dataset is None or catalogue.available(dataset)
+    if not there and dataset not in PUBLISHED:
         raise catalogue.absent(dataset, None)
     rates = _Rates(*_machine(gpus, machine), rate)
     done = rehearse(experiment.notebook, parameters)
-    return Cost([_row(work, rates) for work in done.works.values()], done, rates.name)
+    return Cost([_row(work, rates) for work in done.works.values()], done, rates.name, "" if there else dataset)
 
 
 def _row(work: Work, rates: "_Rates") -> Row:
@@ -92,6 +94,19 @@ def _row(work: Work, rates: "_Rates") -> Row:
     weights, state = _bytes(config, model)
     memory = _memory(config, model, rates.half, work.resident) if work.crops else 0
     return Row(work, seconds, source, weights, state * bool(work.crops), memory)
+
+
+def training_hours(config: PretrainConfig, images: int) -> dict[str, float]:
+    """Machine -> hours of a training on so many images, for each machine that `bench` has measured; one device."""
+    crops, hours = config.steps(images) * config.crops_per_step, {}
+    work = Work("", "training", crops=crops, flops=crops * trained_flops(config), encoder=config.encoder,
+                size=config.size, config=config)  # fmt: skip
+    for table in measured().values():
+        name = runs.machine(table["hardware"])
+        seconds, _ = _Rates(name, table).seconds(work)
+        if seconds is not None:
+            hours[name] = seconds / 3600
+    return hours
 
 
 # ---- rates
@@ -151,7 +166,21 @@ class _Rates:
         away, other, row = min(found, key=lambda each: (each[0], not each[2].get("long"), each[1]))
         measure = row["measure"].split(": share")[0]
         scaled = ", taken for it by FLOPs" if away or other else ""
-        return work.flops / row["rate"], f"{measure}: {row['rate']:.3g} FLOP/s{scaled}"
+        cut, crops = self._augmentation(work) if work.kind == "training" else (0.0, "")
+        return work.flops / row["rate"] + cut, f"{measure}: {row['rate']:.3g} FLOP/s{scaled}{crops}"
+
+    def _augmentation(self, work: Work) -> tuple[float, str]:
+        """What the crops of a training take before they come to the network; nothing where it was not measured."""
+        what = "multi-scale crops" if work.config and work.config.training == "multi-scale" else "patches"
+        found = []
+        for row in self.rows:
+            if match := fullmatch(rf"augmentation, {what} of (\d+) px", row["measure"]):
+                found.append((abs(math.log(int(match[1]) / work.size)), int(match[1]), row))
+        if not found:
+            return 0.0, ""
+        _, size, row = min(found, key=lambda each: each[0])
+        return (work.crops / row["rate"] * (work.size / size) ** 2,
+                f"; augmentation, {what} of {size} px: {row['rate']:,.0f} crops/s")
 
     def _probe(self, work: Work) -> tuple[float | None, str]:
         for row in self.rows:
@@ -244,6 +273,10 @@ def notes(found: Cost, gpus: int | None, price: float | None) -> list[str]:
         known = ", ".join(measured()) or "none"
         lines.append(f"no rate measured on {found.machine}: not in the sum; `bagssl bench` there, give --rate, or "
                      f"--machine; measured: {known}")  # fmt: skip
+    if found.absent:
+        side, classes, counts = PUBLISHED[found.absent]
+        lines.append(f"{found.absent} is not here, and counted as it is published: {counts['train']:,} and "
+                     f"{counts['test']:,} images of {classes:,} classes, imported at {side} px")  # fmt: skip
     done = found.done
     lines.append(f"in the store, and costs nothing: models {len(done.models)}, measurements {len(done.evaluations)}")
     if done.ended:

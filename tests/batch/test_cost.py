@@ -180,6 +180,18 @@ def test_hours_are_by_the_row_of_the_bench_that_is_nearest_and_without_one_there
     assert cost._Rates("X", {}, 50.0).seconds(work("embedding"))[0] is None
 
 
+def test_fresh_crops_cost_by_their_pixels_and_only_in_training():
+    cut = [{"measure": f"augmentation, {what} of {size} px", "unit": "crops/s", "rate": rate}
+           for what, size, rate in (("patches", 16, 400.0), ("patches", 32, 50.0), ("multi-scale crops", 32, 25.0))]
+    rates = cost._Rates("X", MACHINE | {"rows": MACHINE["rows"] | {"augmentation": cut}})
+    seconds, source = rates.seconds(work("training"))
+    assert seconds == 4.0 + 100 / 50 and source.endswith("; augmentation, patches of 32 px: 50 crops/s")
+    assert rates.seconds(work("training", 64))[0] == 2.0 + 4 * 100 / 50
+    multi = PretrainConfig(training="multi-scale")
+    assert rates.seconds(work("training", config=multi))[0] == 4.0 + 100 / 25
+    assert rates.seconds(work("embedding"))[0] == 8.0
+
+
 def test_gpus_take_models_and_what_has_no_rate_is_not_in_the_sum():
     def row(model: str, seconds: float | None) -> cost.Row:
         return cost.Row(Work(model, "training", crops=1), seconds, "here" if seconds else "no rate measured")
