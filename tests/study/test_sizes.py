@@ -32,7 +32,7 @@ ASKED = {  # the least that each notebook does on the dataset "few"
     "04": {"images": 20, "ks": [1, 2, 4, 8]},
     "05": {"images": 12, "count": 2, "shifts": [1], "k": 2, "queries": [0, 3]},
     "06": {"objectives": ["simclr"], "bag": 2, "probe_images": 0},
-    "07": {"seeds": [0], "k": 3, "images": 8},
+    "07": {"seeds": [0], "k": 3, "images": 8, "probe_images": 0},
     "08": {"view_counts": [2, 4], "crops": [64], "crops_per_step": 8, "bag": 2, "probe_images": 0},
     "09": {"lengths": [1.0], "changes_length": 1.0, "crops_per_step": 8, "bag": 2, "probe_images": 0},
     "10": {"patch_sizes": [8, 12], "patch_size": 8, "baseline_size": 12, "ks": [1, 4]},
