@@ -9,6 +9,7 @@ minute's.
 """
 
 import contextlib
+import functools
 import importlib
 import math
 import os
@@ -26,15 +27,15 @@ import yaml
 from bagssl import catalogue, data, pretraining, words
 from bagssl.batch import cost
 from bagssl.batch.experiments import choose, load_experiments
-from bagssl.batch.kernels import Board
-from bagssl.batch.rehearsal import PUBLISHED, Work
+from bagssl.batch.kernels import Board, places
+from bagssl.batch.rehearsal import PUBLISHED
 from bagssl.batch.reproduce import spare_records
 from bagssl.batch.stages import plan as plan_stage
 from bagssl.batch.stages import resolve, settings, state
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import InputError, Stopped, check_choice
-from bagssl.paths import command_folder, cores, data_root, results_root, runs_root
+from bagssl.paths import cores, results_root
 
 KINDS = ("slurm", "local")
 PARTS = ("models", "experiments")  # of a file of options: what holds for one kind of jobs alone
@@ -64,7 +65,8 @@ class Training:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         config = PretrainConfig.from_dict(self.config)
         try:
-            return str(pretraining.pretrain(config, _images(config, self), time_limit=self.limit).path)
+            images = _images(config.dataset, self.count, self.fingerprint)
+            return str(pretraining.pretrain(config, images, time_limit=self.limit).path)
         except Stopped as stop:
             if stop.interrupted:
                 raise
@@ -75,12 +77,12 @@ class Training:
         return _again(self)
 
 
-def _images(config: PretrainConfig, of: Training | Work) -> Images | None:
+def _images(dataset: str, count: int, fingerprint: str) -> Images | None:
     """The images that a model is trained on, if they are the training split or what `data.subset` takes of it."""
-    images = data.load(config.dataset, "train")
-    if len(images) != of.count:
-        images = data.subset(images, of.count)
-    return images if images.fingerprint == of.fingerprint else None
+    images = data.load(dataset, "train")
+    if len(images) != count:
+        images = data.subset(images, count)
+    return images if images.fingerprint == fingerprint else None
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,7 @@ def submit(plan: Plan, side_by_side: int = 1) -> int:
 def _planned(names: Sequence[str], profile: str, overrides: dict[str, Any], gpus: bool, execution: dict[str, bool],
              notebooks: Path | None, dry_run: bool) -> tuple[list[Job], list[str]]:
     """The jobs, models first; and lines on what is missing, and where hours come from."""
-    places = {"BAGSSL_DATA": str(data_root()), "BAGSSL_RUNS": str(runs_root()), "BAGSSL_RESULTS": str(results_root()),
-              "BAGSSL_FOLDER": str(command_folder())}  # fmt: skip
+    images = functools.lru_cache(1)(_images)  # the models of an experiment share them: read and hashed once
     models: dict[str, Job] = {}
     last: list[Job] = []
     notes: dict[str, None] = {}  # in their order, each once
@@ -227,12 +228,13 @@ def _planned(names: Sequence[str], profile: str, overrides: dict[str, Any], gpus
         needs = []
         for row in found.rows:
             config, work = row.work.config, row.work
-            if config is not None and work.crops and (found.absent or _images(config, work) is not None):
-                call = Training(config.to_dict(), work.count, work.fingerprint, places)
+            if config is not None and work.crops and (
+                    found.absent or images(config.dataset, work.count, work.fingerprint) is not None):  # fmt: skip
+                call = Training(config.to_dict(), work.count, work.fingerprint, places())
                 models[work.model] = Job(work.model, call, rows=[row])
                 needs.append(work.model)
         rest = [row for row in found.rows if row.work.model not in needs or row.work.kind != "training"]
-        call = Execution(experiment.name, profile, overrides, places, {**execution, "notebooks": notebooks})
+        call = Execution(experiment.name, profile, overrides, places(), {**execution, "notebooks": notebooks})
         last.append(Job(experiment.name, call, tuple(needs), rest))
         notes |= dict.fromkeys([*_fewer(dataset),
                                 *(f"hours: {found.machine}, {each}" for each in cost.sources(found))])  # fmt: skip

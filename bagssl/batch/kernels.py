@@ -24,6 +24,12 @@ KERNEL_KILLED, PROCESS_KILLED = "DeadKernelError", "DeadProcess"  # the enames o
 _OURS = {"MPLBACKEND", "BAGSSL_OUTPUT", "BAGSSL_DEADLINE", "BAGSSL_PROGRESS"}
 
 
+def places() -> dict[str, str]:
+    """The variables by which another process finds data, runs and results where this one does."""
+    return {"BAGSSL_DATA": str(data_root()), "BAGSSL_RUNS": str(runs_root()), "BAGSSL_RESULTS": str(results_root()),
+            "BAGSSL_FOLDER": str(command_folder())}  # fmt: skip
+
+
 class Board:
     """What runs now: one line, kept up to date, in a terminal; elsewhere a plain line now and then."""
 
@@ -72,10 +78,7 @@ class Kernels:
         package = str(Path(__file__).resolve().parents[2])
         environment = {**{name: value for name, value in os.environ.items() if name not in _OURS},
                        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-                       "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()),
-                       "BAGSSL_DATA": str(data_root()), "BAGSSL_RUNS": str(runs_root()),
-                       "BAGSSL_RESULTS": str(results_root()), "BAGSSL_FOLDER": str(command_folder()),
-                       **environment}  # fmt: skip
+                       "PYTHONUNBUFFERED": "1", "BAGSSL_PROGRESS": str(progress.resolve()), **places(), **environment}
         with self.lock:
             if self.stopping:
                 return {"ename": "KeyboardInterrupt", "evalue": "not started"}
