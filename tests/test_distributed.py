@@ -38,7 +38,7 @@ SPARED = {f"{name}, {' and '.join(how)}": (name, dict.fromkeys(how, True))
           for name, how in (("simclr", ["recompute"]), ("groups", ["accumulate"]),
                             ("groups of simclr", ["accumulate", "recompute"]), ("moco", ["recompute"]))}  # fmt: skip
 BACKBONE = {"objective": "simclr", "encoder": "resnet50", "stem": "imagenet", "width": 16, "size": 64, "batch_size": 8,
-            "views": 2}  # fmt: skip
+            "views": 2, "norm_groups": 2}  # fmt: skip
 ALL = {"recompute": True, "accumulate": True}
 CURVES = ("simclr", "byol")
 RESUMED = {"objective": "vicreg", "seed": 5}
@@ -75,30 +75,32 @@ def one_step(images, settings, **spared) -> dict[str, Tensor]:
     augment = pretraining.augment
     with mock.patch.object(pretraining, "augment", lambda *how: seen.append(augment(*how)) or seen[0]):
         terms = learner.step(images.pixels[batch], 0.0, 1.0)
-    gradients = [parameter.grad.flatten() for parameter in learner.model.parameters()]
     buffers = [each.flatten().double() for each in learner.model.buffers()]
-    return {"crops": seen[0], "gradients": torch.cat(gradients), "buffers": torch.cat(buffers),
+    return {"crops": seen[0], "gradients": gradients(learner), "buffers": torch.cat(buffers),
             "terms": torch.stack(list(terms.values()))}  # fmt: skip
 
 
-def twenty_steps(images, norm_groups=2) -> dict[str, Tensor]:
+def gradients(learner: Learner) -> Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
+
+
+def twenty_steps(images) -> dict[str, Tensor]:
     """Twenty steps of a ResNet-50 with ImageNet's stem on patches of 64 px, and of one that saves memory, from the same
     weights at each step: with batches so small a difference in rounding grows a hundredfold from step to step.
 
     The gradients of the first step, and [20] how far those of the other are from them, and how far they have moved.
     """
-    config = PretrainConfig(**{**TINY, **BACKBONE, "norm_groups": norm_groups})
+    config = PretrainConfig(**{**TINY, **BACKBONE})
     plain, spared = (Learner(config, CPU, torch.float32, "none", **how) for how in ({}, ALL))
     each: list[Tensor] = []
     between, moved = [], []
     for step in range(20):
-        batch = images.pixels[distributed.share(torch.arange(8), norm_groups)]
+        batch = images.pixels[distributed.share(torch.arange(8), config.norm_groups)]
         spared.model.load_state_dict(plain.model.state_dict())
         for learner in (plain, spared):
             learner.generator.manual_seed(step)
             learner.step(batch, 0.03, 1.0)
-        one, other = (torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
-                      for learner in (plain, spared))  # fmt: skip
+        one, other = map(gradients, (plain, spared))
         each.append(one)
         between.append(apart(other, one))
         moved.append(apart(one, each[0]))
@@ -266,11 +268,10 @@ def test_a_resnet_50_on_64_px_has_by_two_processes_that_save_memory_the_gradient
         assert two["between"].max() < 1e-9 and two["moved"][1:].min() > 0.1  # each step changes the network
     # the control: statistics of the whole batch at once give other gradients
     with float64():
-        learner = Learner(PretrainConfig(**{**TINY, **BACKBONE}), CPU, torch.float32, "none")
+        learner = Learner(PretrainConfig(**{**TINY, **BACKBONE, "norm_groups": 1}), CPU, torch.float32, "none")
         learner.generator.manual_seed(0)
         learner.step(few().pixels[:8], 0.03, 1.0)
-    other = torch.cat([parameter.grad.flatten() for parameter in learner.model.parameters()])
-    assert apart(other, one["gradients"]) > 0.05
+    assert apart(gradients(learner), one["gradients"]) > 0.05
 
 
 def test_groups_of_a_batch_have_statistics_of_their_own(worlds):
