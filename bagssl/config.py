@@ -85,6 +85,7 @@ class PretrainConfig:
     # equal parts of a batch, each embedded with batch-norm statistics of its own (Hoffer et al. 2017); the objective
     # sees all of it: what accumulation needs, see `pretrain`
     norm_groups: int = setting(1, 1, 1024, later=True)
+    until: float = setting(0, 0, 1e6, later=True)  # epochs after which it ends, on the schedule of all; 0: its end
     grid: int = setting(0, 0, 1024, only=PATCH_BASED, later=True)  # px, of the offsets; views differ; 0: anywhere
 
     def __post_init__(self):
@@ -101,6 +102,8 @@ class PretrainConfig:
                 object.__setattr__(self, each.name, {} if each.default is dataclasses.MISSING else each.default)
         if self.training == "untrained":
             object.__setattr__(self, "epochs", 0.0)
+        if self.until == self.epochs:
+            object.__setattr__(self, "until", 0.0)
 
     def _check_together(self) -> None:
         """What no field can say of itself."""
@@ -118,6 +121,8 @@ class PretrainConfig:
                 raise InputError(f"option {name} = {value!r} of {self.objective} must be a positive number")
         if self.training != "untrained" and not self.epochs:
             raise InputError("epochs = 0 trains nothing: for random weights set training to untrained")
+        if self.training != "untrained" and self.until > self.epochs:
+            raise InputError(f"until = {self.until:g} is after its end, epochs = {self.epochs:g}")
         if self.optimiser == "lars" and not self.weight_decay:
             raise InputError("weight_decay = 0: LARS then rescales nothing; set it above 0, or use sgd")
 
@@ -137,6 +142,13 @@ class PretrainConfig:
 
     def steps(self, images: int) -> int:
         """Optimiser steps of a run on so many images. Raises InputError when they do not make up one."""
+        steps, per_epoch = self.planned_steps(images), images // self.batch_size
+        if self.until and not (steps := round(self.until * per_epoch)):
+            raise InputError(f"until = {self.until:g} of {per_epoch} steps is not one step: raise until")
+        return steps
+
+    def planned_steps(self, images: int) -> int:
+        """Those of its schedule: more than it takes where it ends before that, `until`."""
         if not self.epochs:
             return 0
         if images < self.batch_size:

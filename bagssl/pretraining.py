@@ -5,10 +5,10 @@ takes the next images of the epoch's order, and seeds a generator anew. From it 
 for `views` patches of each image (`patches.draw`); cut, resized and coloured (`patches.apply`) they are patches [V, B,
 3, s, s]. The encoder embeds each as h [V, B, dim]; the projector, and beside an averaged network the predictor, maps h
 to z [V, B, D] (`Model`). The objective makes named terms of z; their `loss` goes back through the networks, and the
-optimiser takes a step at the rate of the schedule. Around that, `_Record` keeps the history and the checkpoint, and at
-the end writes the run. Of several processes (distributed.py) each takes its share of a batch's images through the
-networks; what is drawn is drawn for all of them, and the objective sees the z of all. Later bags.py averages h over the
-patches of an image.
+optimiser takes a step at the rate of the schedule. Around that, `Record` (recording.py) keeps the history and the
+checkpoint, and at the end writes the run. Of several processes (distributed.py) each takes its share of a batch's
+images through the networks; what is drawn is drawn for all of them, and the objective sees the z of all. Later bags.py
+averages h over the patches of an image.
 """
 
 import contextlib
@@ -17,10 +17,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from bagssl.data import Images
 from bagssl.devices import pick_compiled, pick_device, pick_precision
 from bagssl.distributed import gather
 from bagssl.encoders import build_encoder, build_predictor, build_projector, embedding_dim
-from bagssl.errors import Diverged, InputError, Stopped
+from bagssl.errors import InputError, Stopped
 from bagssl.feeding import feed
 from bagssl.graphs import Replayed
 from bagssl.objectives import OBJECTIVES, Terms, spread
@@ -40,24 +39,27 @@ from bagssl.optimisers import build_optimiser
 from bagssl.patches import augment
 from bagssl.progress import progress_bar
 from bagssl.recomputing import recompute_blocks, recomputed
+from bagssl.recording import Record
 from bagssl.runs import Run
 
-LOGS = 200  # rows of a run's history, at least: each waits for the device
 _COST = ("objective", "encoder", "stem", "width", "size", "views", "batch_size", "norm_groups", "projector_hidden",
          "projector_dim", "optimiser")  # what the time of a step depends on
 INTERRUPTED = 2  # why a training stops: more than that its time is up
-_COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of the history, before the terms
 
 
 def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *, device: str = "auto",
              precision: str = "auto", compiled: str = "auto", accumulate: bool = False, recompute: bool = False,
-             time_limit: float | None = None, checkpoint_every: float = 60.0, progress: bool = True) -> Run:
+             along: Sequence[float] = (), time_limit: float | None = None, checkpoint_every: float = 60.0,
+             progress: bool = True) -> Run:
     """The finished run of `config` on `images`: trained, or resumed, or found in the store at `root`.
 
     Stopped by Ctrl-C, SIGTERM or after `time_limit` seconds ($BAGSSL_DEADLINE, in Unix time, counts as well), it
     writes a checkpoint and raises Stopped (killed, it goes on from the checkpoint of at most `checkpoint_every` seconds
     before); the next call goes on from there and ends, on a CPU, with the weights of a run that was never stopped, to
     the bit. Called by each process of a torchrun, it trains on all of them, with other rounding.
+
+    along: epochs at which it leaves, beside its own run, the finished one of `until` these: the same weights as when
+    that is asked for, without another training.
 
     Where memory does not suffice, at a third more work each: recompute keeps the inputs of residual blocks alone;
     accumulate goes through the batch in its `norm_groups` (batch-norm's statistics are of what goes through at once, so
@@ -77,7 +79,7 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
         if left:
             with distributed.group(device):
                 how = device, pick_precision(precision, device), compiled, accumulate, recompute
-                train(Learner(config, *how), images, run, deadline, checkpoint_every, progress)
+                train(Learner(config, *how), images, run, deadline, checkpoint_every, progress, along=along)
     return run
 
 
@@ -247,12 +249,11 @@ def _seed(seed: int, purpose: int, index: int) -> int:
 
 
 def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf, checkpoint_every: float = 60.0,
-          progress: bool = True) -> None:
+          progress: bool = True, along: Sequence[float] = ()) -> None:
     """Take the steps of `run` that are left, and finish its record; see `pretrain` for what may stop it."""
     config = learner.config
-    per_epoch, steps = len(images) // config.batch_size, config.steps(len(images))
-    crops = config.crops_per_step
-    record = _Record(learner, run, steps, per_epoch)
+    steps, planned, crops = config.steps(len(images)), config.planned_steps(len(images)), config.crops_per_step
+    record = Record(learner, run, images, along)
     resumed, cost = record.step, (*(getattr(config, name) for name in _COST), learner.dtype, *learner.options.values())
     take_step = Replayed(learner) if "graphs" in learner.compiled else learner.step
     places = partial(_batches, config, len(images), resumed)
@@ -262,8 +263,8 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
         for pixels in batches:
             # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
             learner.generator.manual_seed(_seed(config.seed, DRAWS, record.step))
-            rate = learning_rate_at(record.step, steps, config)
-            terms = take_step(pixels, rate, teacher_momentum_at(record.step, steps, config))
+            rate = learning_rate_at(record.step, planned, config)
+            terms = take_step(pixels, rate, teacher_momentum_at(record.step, planned, config))
             if means := record.add(terms, rate):
                 bar(record.step * crops, f"loss {means['loss']:.3f}")
             if halt := distributed.agreed(INTERRUPTED if stop else time.monotonic() > deadline):
@@ -274,7 +275,7 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
                 record.save()
             if means:
                 told((record.step - resumed) * crops)
-        record.finish(images)
+        record.finish()
         if distributed.agreed(INTERRUPTED if stop else 0):  # asked for when there was no step left to stop at
             raise Stopped(f"{config.label} is finished; what comes after it was not begun", interrupted=True)
 
@@ -291,109 +292,6 @@ def _batches(config: PretrainConfig, count: int, step: int, device: torch.device
             shuffled = torch.Generator().manual_seed(_seed(config.seed, ORDER, epoch))
             order = torch.randperm(count, generator=shuffled).to(device, non_blocking=True)
         yield distributed.share(order[position * config.batch_size :][: config.batch_size], config.norm_groups)
-
-
-class _Record:
-    """What is kept of a training: where it is, its history, its checkpoint, and the machines that it went through."""
-
-    def __init__(self, learner: Learner, run: Run, steps: int, per_epoch: int):
-        self.learner, self.run, self.steps, self.per_epoch = learner, run, steps, per_epoch
-        self.step, self.history, self.seconds, self.sums = 0, [], 0.0, {}
-        self.every = max(1, steps // LOGS)  # steps of a row of the history
-        dtype = str(learner.dtype).removeprefix("torch.")
-        self.hardware = {"hardware": runs.hardware(), "device": str(learner.device), "precision": dtype}
-        self.hardware |= {"processes": distributed.ranks()} if distributed.ranks() > 1 else {}
-        self.segments: list[dict[str, Any]] = []  # of the steps before: on which hardware, until which step
-        self._resume()
-        self.logged = self.step
-        self.clock = self.saved = time.monotonic()
-
-    def _resume(self) -> None:
-        learner, names = self.learner, ("model", "optimiser", "step", "history", "seconds", "sums")
-        to = learner.device if distributed.ranks() == 1 else torch.device("cpu")
-        state = distributed.from_first(lambda: runs.load_checkpoint(self.run, to, names))
-        if state is None:
-            return
-        try:
-            learner.model.load_state_dict(state["model"])
-            # rates, momenta and flags are those of the configuration and of this machine
-            groups = learner.optimiser.state_dict()["param_groups"]
-            learner.optimiser.load_state_dict({**state["optimiser"], "param_groups": groups})
-            if learner.teacher is not None:
-                learner.teacher.load_state_dict(state["teacher"])
-        except (RuntimeError, ValueError, KeyError):
-            path = self.run.path / "checkpoint.pt"
-            raise InputError(f"{path} is of another network: delete it to train from the start") from None
-        self.step, self.history, self.seconds, self.sums = (state[name] for name in names[2:])
-        self.segments = state.get("parts", [])
-        if self.segments and self.segments[-1] | {"until": 0} == self.hardware | {"until": 0}:
-            self.segments.pop()  # this machine's last segment goes on
-
-    def add(self, terms: Mapping[str, Tensor], rate: float) -> dict[str, float] | None:
-        """Count a step; at the end of a row of the history the means of the terms over its steps.
-
-        Raises Diverged when they are not those of a training that can go on.
-        """
-        self.step += 1
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        if self.step % self.every and self.step < self.steps:
-            return None
-        means = _means(self.sums, (self.step - 1) % self.every + 1)
-        self._check(means)
-        now, config = time.monotonic(), self.learner.config
-        elapsed, self.seconds, self.clock = now - self.clock, self.seconds + now - self.clock, now
-        crops = config.crops_per_step
-        self.history.append({
-            "step": self.step, "epoch": self.step / self.per_epoch, "crops": self.step * crops, "learning_rate": rate,
-            "crops_per_second": round((self.step - self.logged) * crops / max(elapsed, 1e-9), 1), **means})
-        self.sums, self.logged = {}, self.step
-        return means
-
-    def _check(self, means: dict[str, float]) -> None:
-        config = self.learner.config
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise Diverged(f"{config.label}: '{name}' is {value} at step {self.step}: "
-                               f"lower learning_rate ({config.learning_rate})")
-        if self.step > 0.2 * self.steps and means["spread"] < 1e-3:
-            raise Diverged(f"{config.label}: collapsed at step {self.step}: "
-                           f"'spread' is {means['spread']:.1e}, all projections are alike")
-
-    def save(self) -> None:
-        """Write the checkpoint; of several processes the first does."""
-        if distributed.rank():
-            return
-        learner, seconds = self.learner, self.seconds + time.monotonic() - self.clock
-        teacher = {} if learner.teacher is None else {"teacher": learner.teacher.state_dict()}
-        runs.save_checkpoint(self.run, {
-            "model": learner.model.state_dict(), "optimiser": learner.optimiser.state_dict(), **teacher,
-            "step": self.step, "history": self.history, "sums": self.sums, "seconds": seconds,
-            "parts": [*self.segments, {**self.hardware, "until": self.step}]})  # fmt: skip
-        self.saved = time.monotonic()
-
-    def finish(self, images: Images) -> None:
-        """Write the finished run; of several processes the first does."""
-        if distributed.rank():
-            return
-        learner, config, steps = self.learner, self.learner.config, self.steps
-        last = self.history[-1] if self.history else {}
-        metrics = {
-            "steps": steps, "epochs": steps / max(self.per_epoch, 1), "crops": steps * config.crops_per_step,
-            "images": len(images), "seconds": round(self.seconds, 3),
-            "final": {name: value for name, value in last.items() if name not in _COLUMNS},
-        }  # fmt: skip
-        provenance = {**runs.provenance(), **self.hardware, "seed": config.seed, "data": images.fingerprint,
-                      "wall_seconds": metrics["seconds"]}  # fmt: skip
-        provenance |= {name: value for name, value in learner.options.items() if value not in ("none", False)}
-        if self.segments:  # it went from one machine to another
-            provenance |= {"parts": [*self.segments, {**self.hardware, "until": steps}]}
-        runs.finish(self.run, learner.model.state_dict(), self.history, metrics, provenance)
-
-
-def _means(sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
-    """The only wait for the device in the loop, but for checkpoints."""
-    return dict(zip(sums, (torch.stack(list(sums.values())).cpu() / steps).tolist(), strict=True))
 
 
 @contextlib.contextmanager

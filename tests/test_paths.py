@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from test_experiments import write_notebook
 from test_trees import plant
 
-from bagssl import data, devices, paths, pretraining, runs, trees
+from bagssl import data, devices, paths, pretraining, recording, runs, trees
 from bagssl.batch import kernels, notebook, reproduce, stages
 from bagssl.batch.experiments import load_experiments
 from bagssl.config import PretrainConfig
@@ -168,7 +168,7 @@ CASES = [(work, True) for work in WRITERS] + [(work, False) for work in (a_run, 
 def stopped_clock(monkeypatch):
     """What a run and a batch write of hours and seconds is the same each time; so is the notebook's result."""
     clock = SimpleNamespace(time=lambda: 0.0, monotonic=lambda: 0.0)
-    for module in (pretraining, reproduce):
+    for module in (pretraining, recording, reproduce):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(reproduce, "iso_time", str)
     monkeypatch.setattr(reproduce, "stage_provenance", lambda stage: {})

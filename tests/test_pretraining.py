@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bagssl import graphs, objectives, pretraining, runs
+from bagssl import graphs, objectives, pretraining, recording, runs
 from bagssl.config import PretrainConfig
 from bagssl.data import load
 from bagssl.errors import Diverged, InputError, Stopped
@@ -95,7 +96,7 @@ def on_meta(images, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **how: contextlib.nullcontext())
     monkeypatch.setattr(runs, "load_checkpoint", lambda *args: None)
     monkeypatch.setattr(runs, "finish", lambda *args: None)
-    monkeypatch.setattr(pretraining, "_means", lambda sums, steps: dict.fromkeys(sums, 1.0))
+    monkeypatch.setattr(recording, "_means", lambda sums, steps: dict.fromkeys(sums, 1.0))
 
     def train(augment=augment, **settings):
         def first(*how):
@@ -136,7 +137,7 @@ def test_a_step_that_waits_is_found(on_meta, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimiser", ["sgd", "lars", "adamw"])
 def test_no_step_waits_for_a_gpu(images, tmp_path, monkeypatch, optimiser):
-    means = pretraining._means
+    means = recording._means
 
     def read(*how):
         torch.cuda.set_sync_debug_mode("default")
@@ -150,7 +151,7 @@ def test_no_step_waits_for_a_gpu(images, tmp_path, monkeypatch, optimiser):
         return augment(*how)
 
     augment = pretraining.augment
-    monkeypatch.setattr(pretraining, "_means", read)
+    monkeypatch.setattr(recording, "_means", read)
     monkeypatch.setattr(pretraining, "augment", augmented)
     monkeypatch.setattr(runs, "finish", lambda *how: torch.cuda.set_sync_debug_mode("default"))
     try:
@@ -355,9 +356,9 @@ from bagssl.config import PretrainConfig
 from bagssl.data import load
 from bagssl.errors import Stopped
 trained = pretraining.train
-def told(*arguments):
+def told(*arguments, **options):
     print("training", flush=True)
-    return trained(*arguments)
+    return trained(*arguments, **options)
 pretraining.train = told
 images = load("synthetic", "train").take(torch.arange(0, 4000, 50))
 config = PretrainConfig(width=8, size=8, batch_size=16, views=2, projector_hidden=16, projector_dim=8, epochs=40)
@@ -434,11 +435,50 @@ def test_a_signal_that_comes_when_nothing_is_left_to_train_loses_nothing(images,
 def test_seconds_count_all_work_up_to_the_last_checkpoint(images, tmp_path, clock, monkeypatch):
     """Each look at the clock is a second; what was trained since the last row of the history counts as well."""
     saved, clock.more = [], itertools.count()
-    monkeypatch.setattr(pretraining, "LOGS", 1)
+    monkeypatch.setattr(recording, "LOGS", 1)
     monkeypatch.setattr(runs, "save_checkpoint", lambda run, state: saved.append(state["seconds"]))
     run = train(images, tmp_path, checkpoint_every=0)
     assert len(saved) == 15 and all(later > sooner + 1 for sooner, later in itertools.pairwise(saved))
     assert run.metrics["seconds"] > saved[-2]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_along_its_way_a_run_leaves_those_that_end_sooner(images, tmp_path, monkeypatch, stops):
+    """To the bit what each of them is when it is trained itself; not what a schedule of as many gives."""
+    monkeypatch.setattr(recording, "LOGS", 4)  # rows every 3 steps of 15: the first run ends between two
+    whole = None
+    while whole is None:
+        with contextlib.suppress(Stopped):
+            whole = train(images, tmp_path / "along", along=[0.4, 2], time_limit=0 if stops else None)
+    assert whole.config["epochs"] == 3 and "until" not in whole.config
+    for epochs, steps in ((0.4, 2), (2, 10)):
+        left = next(run for run in runs.list_runs(tmp_path / "along") if run.config.get("until") == epochs)
+        alone = train(images, tmp_path / "alone", until=epochs)
+        assert (left.key, left.metrics["steps"], left.metrics["crops"]) == (alone.key, steps, steps * 32)
+        assert same_weights(left, alone) and not same_weights(left, whole)
+        assert not same_weights(left, train(images, tmp_path / "own", epochs=epochs))
+        timed = ("crops_per_second",)
+        assert [[(name, value) for name, value in row.items() if name not in timed] for row in left.history] == [
+            [(name, value) for name, value in row.items() if name not in timed] for row in alone.history]
+    assert same_weights(whole, train(images, tmp_path / "alone"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "train", None)
+        train(images, tmp_path / "along", until=0.4)  # is there
+
+
+@pytest.mark.parametrize("settings, line", [
+    ({"until": 4}, "until = 4 is after its end, epochs = 3"),
+    ({"until": 0.01}, "until = 0.01 of 5 steps is not one step: raise until"),
+])  # fmt: skip
+def test_a_run_that_cannot_end_sooner_is_refused(images, tmp_path, settings, line):
+    with pytest.raises(InputError, match=re.escape(line)):
+        train(images, tmp_path, **settings)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_until_its_end_is_the_whole_run():
+    assert PretrainConfig(**TINY, until=3) == PretrainConfig(**TINY)
+    assert "until" not in PretrainConfig(**TINY, training="untrained", until=1).to_dict()
 
 
 def test_a_run_that_went_from_one_machine_to_another_says_so(images, tmp_path, monkeypatch):
@@ -482,7 +522,8 @@ def clock(monkeypatch):
     clock = SimpleNamespace(hours=itertools.repeat(0), more=itertools.repeat(0))
     clock.time = lambda: time.time() + 3600 * next(clock.hours)
     clock.monotonic = lambda: time.monotonic() + next(clock.more)
-    monkeypatch.setattr(pretraining, "time", clock)
+    for module in (pretraining, recording):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

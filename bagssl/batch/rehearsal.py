@@ -20,8 +20,8 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,8 +201,12 @@ def _stand_in(noted: Rehearsal, stack: contextlib.ExitStack) -> None:
             noted.evaluations.add(path)
         return rows
 
-    def train(learner: Any, images: Images, run: Run, *_: Any, **__: Any) -> None:
+    def train(learner: Any, images: Images, run: Run, *_: Any, along: Sequence[float] = (), **__: Any) -> None:
         _train(noted, learner.config, images, run)
+        for shorter in (replace(learner.config, until=epochs) for epochs in along):
+            left = runs.open_run(shorter.to_dict(), images.fingerprint, shorter.label, run.path.parent)
+            if not left.finished:
+                _finish(shorter, images, left)
 
     def probe(name: str, features: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, *, device: str):
         noted.work(passes.last, name).fits.append((len(labels), len(test_labels), features.shape[1]))
@@ -241,10 +245,15 @@ def _train(noted: Rehearsal, config: PretrainConfig, images: Images, run: Run) -
     work.read += left * config.batch_size * picture
     work.config, work.resident = config, len(images) * picture * isinstance(images.pixels, Tensor)
     work.fingerprint, work.count = images.fingerprint, len(images)
+    _finish(config, images, run)
+
+
+def _finish(config: PretrainConfig, images: Images, run: Run) -> None:
+    steps, epochs = config.steps(len(images)), config.until or config.epochs
     crops = steps * config.crops_per_step
-    row = {"step": steps, "epoch": config.epochs, "crops": crops, "learning_rate": 0.0, "crops_per_second": 1.0}
+    row = {"step": steps, "epoch": epochs, "crops": crops, "learning_rate": 0.0, "crops_per_second": 1.0}
     last = {"loss": 1.0, "spread": 1.0}
-    metrics = {"steps": steps, "epochs": config.epochs, "crops": crops, "images": len(images), "seconds": 1.0,
+    metrics = {"steps": steps, "epochs": epochs, "crops": crops, "images": len(images), "seconds": 1.0,
                "final": last}  # fmt: skip
     record = {**runs.provenance(), "device": "none", "precision": "none", "seed": config.seed,
               "data": images.fingerprint, "wall_seconds": 1.0}  # fmt: skip

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from bagssl import bags, pretraining, runs
+from bagssl import bags, pretraining, recording, runs
 from bagssl.batch.rehearsal import embedded_flops, trained_flops
 from bagssl.bench.race import Machine, Work
 from bagssl.config import PretrainConfig
@@ -30,7 +30,7 @@ def train_steps(machine: Machine, config: PretrainConfig, count: int, compiled: 
         if learner is None:
             how = machine.device, machine.dtype, pick_compiled(compiled, machine.device, count * config.crops_per_step)
             learner = Learner(config, *how)
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(pretraining, "LOGS", 10):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(recording, "LOGS", 10):
             run = runs.open_run(config.to_dict(), machine.train.fingerprint, config.label, Path(folder))
             pretraining.train(learner, machine.train, run, progress=False)
             rows = [{"crops": 0}, *run.history]

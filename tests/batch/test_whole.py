@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_budget import Clock
 
-from bagssl import budget, cli, evaluation, packing, pretraining, runs
+from bagssl import budget, cli, evaluation, packing, pretraining, recording, runs
 from bagssl.batch import reproduce
 from bagssl.batch.experiments import load_experiments, order_of_worth
 from bagssl.errors import InputError
@@ -48,7 +48,7 @@ def box(notebooks, monkeypatch, tmp_path):
     Work goes at 100 crops a second, by a clock of its own.
     """
     clock, count = Clock(), iter(range(100))
-    for module in (budget, evaluation, pretraining, reproduce):
+    for module in (budget, evaluation, pretraining, recording, reproduce):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setenv("BAGSSL_PACE", "100")
     packs = tmp_path / "packs"
