@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from bagssl.data import Images
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.runs import Run
 
-if TYPE_CHECKING:
-    from bagssl.pretraining import Learner
-
 LOGS = 200  # rows of a run's history, at least: each waits for the device
 _COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of the history, before the terms
 
@@ -26,10 +23,10 @@ _COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of
 class Record:
     """What is kept of a training: where it is, its history, its checkpoint, and the machines that it went through.
 
-    along: epochs at which it leaves, beside its own run, the finished one that ends there (`PretrainConfig.until`).
+    learner: of pretraining.py; along: epochs at which it leaves, beside its own run, the finished one that ends there (`PretrainConfig.until`).
     """
 
-    def __init__(self, learner: "Learner", run: Run, images: Images, along: Sequence[float] = ()):
+    def __init__(self, learner: Any, run: Run, images: Images, along: Sequence[float] = ()):
         self.learner, self.run, self.images, config = learner, run, images, learner.config
         self.steps, self.per_epoch = config.steps(len(images)), len(images) // config.batch_size
         self.step, self.history, self.seconds, self.sums = 0, [], 0.0, {}
