@@ -23,7 +23,8 @@ _COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of
 class Record:
     """What is kept of a training: where it is, its history, its checkpoint, and the machines that it went through.
 
-    learner: of pretraining.py; along: epochs at which it leaves, beside its own run, the finished one that ends there (`PretrainConfig.until`).
+    learner: of pretraining.py. along: epochs at which it leaves, beside its own run, the finished one that ends there
+    (`PretrainConfig.until`).
     """
 
     def __init__(self, learner: Any, run: Run, images: Images, along: Sequence[float] = ()):

@@ -2,8 +2,9 @@
 
 What is to be done the notebook itself says (rehearsal.py); how fast it goes, a row of `bagssl bench` that was measured
 on a machine of the kind. Seconds of a network are its FLOPs over that row's FLOP/s, those of fresh crops in training
-grow with their pixels, those of a probe with images and dimensions. Where no row was measured there are no seconds; and
-what `bench` has no row for (reading from a disk, decoding, figures) is not in them.
+grow with their pixels, those of a probe with images and dimensions. Where no row was measured, or of far larger
+networks alone, there are no seconds; and what `bench` has no row for (reading from a disk, decoding, figures) is not in
+them.
 """
 
 import math
@@ -25,6 +26,7 @@ from bagssl.errors import InputError, check_choice
 from bagssl.paths import home, results_root
 
 MOMENTS = {"sgd": 1, "lars": 1, "adamw": 2}  # what an optimiser keeps for each parameter
+SMALLER = 20  # times: networks so much smaller than those measured wait for other things than products
 ONE = 2  # crops on which activations are measured, and as many again
 
 
@@ -163,11 +165,22 @@ class _Rates:
                     found.append((abs(math.log(int(match[1]) / work.size)), False, row | {"long": True}))
         if not found:
             return None, "no rate measured"
+        if work.kind == "training" and self._smaller(work):
+            return None, "no rate measured of networks so small"
         away, other, row = min(found, key=lambda each: (each[0], not each[2].get("long"), each[1]))
         measure = row["measure"].split(": share")[0]
         scaled = ", taken for it by FLOPs" if away or other else ""
         cut, crops = self._augmentation(work) if work.kind == "training" else (0.0, "")
         return work.flops / row["rate"] + cut, f"{measure}: {row['rate']:.3g} FLOP/s{scaled}{crops}"
+
+    def _smaller(self, work: Work) -> bool:
+        """Whether a crop takes so much less than one of the networks measured that other things decide its time."""
+        measured = []
+        for row in self.rows:
+            if match := fullmatch(r"training at (\d+) px, fresh crops.*", row["measure"]):
+                measured += [each["rate"] / row["rate"] for each in self.rows if each["unit"] == "FLOP/s" and fullmatch(
+                    rf"training, \w+ at {match[1]} px: share of .*", each["measure"])]  # fmt: skip
+        return bool(measured) and work.flops / work.crops < min(measured) / SMALLER
 
     def _augmentation(self, work: Work) -> tuple[float, str]:
         """What the crops of a training take before they come to the network; nothing where it was not measured."""

@@ -180,6 +180,16 @@ def test_hours_are_by_the_row_of_the_bench_that_is_nearest_and_without_one_there
     assert cost._Rates("X", {}, 50.0).seconds(work("embedding"))[0] is None
 
 
+def test_of_a_network_far_smaller_than_those_measured_no_hours_are_foretold():
+    fresh = {"measure": "training at 32 px, fresh crops for each step", "unit": "crops/s", "rate": 1e5}
+    rates = cost._Rates("X", {**MACHINE, "rows": {**MACHINE["rows"], "fresh": [fresh]}})  # so 2e7 FLOP a crop
+    at = 2e7 / cost.SMALLER
+    assert rates.seconds(Work("m", "training", crops=10, flops=9 * at, encoder="resnet18", size=32)) == (
+        None, "no rate measured of networks so small")
+    assert rates.seconds(Work("m", "training", crops=10, flops=11 * at, encoder="resnet18", size=32))[0] is not None
+    assert rates.seconds(Work("m", "embedding", crops=10, flops=9 * at, encoder="resnet18", size=32))[0] is not None
+
+
 def test_fresh_crops_cost_by_their_pixels_and_only_in_training():
     cut = [{"measure": f"augmentation, {what} of {size} px", "unit": "crops/s", "rate": rate}
            for what, size, rate in (("patches", 16, 400.0), ("patches", 32, 50.0), ("multi-scale crops", 32, 25.0))]
