@@ -234,10 +234,9 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
 
 
 def runs_list(arguments: argparse.Namespace) -> None:
-    from bagssl.overview import row
-    from bagssl.runs import list_runs
+    from bagssl.overview import rows
 
-    print(table([("RUN", "STATE", "CROPS", "SECONDS", "MACHINE", "WEIGHTS", "ACCURACY"), *map(row, list_runs())]))
+    print(table([("RUN", "STATE", "CROPS", "SECONDS", "MACHINE", "WEIGHTS", "ACCURACY"), *rows()]))
 
 
 def runs_export(arguments: argparse.Namespace) -> None:

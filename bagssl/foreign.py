@@ -20,10 +20,10 @@ from bagssl.architectures import PatchEncoder, embedding_dim
 from bagssl.errors import InputError
 from bagssl.overview import choose
 from bagssl.paths import file_hash, runs_root
+from bagssl.records import FOREIGN, adopt, stored
 from bagssl.runs import Run
 from bagssl.words import MEANING, NATIVE, POOLS, SUFFIXES, is_file, is_library, join, located, parse
 
-RECORD = "encoder.json"  # in the folder of what was measured
 _CLASSIFIER = re.compile(r"(?:fc|heads?|classifier|linear)(?:\.\w+)?\.weight")
 
 
@@ -68,8 +68,8 @@ class Foreign:
 
     def keep(self) -> None:
         """Write its record beside what was measured."""
-        if not (self.path / RECORD).exists():
-            runs.write_json(self.path / RECORD, dict(self.record))
+        if not (self.path / FOREIGN).exists():
+            runs.write_json(self.path / FOREIGN, dict(self.record))
 
 
 def find(word: str, **options: Any) -> Run | Foreign:
@@ -138,8 +138,11 @@ def load(word: str, *, untrained: int | None = None, **options: Any) -> Foreign:
               "file": None if library else {"name": file.name, "sha256": file_hash(file)},
               "parameters": sum(parameter.numel() for parameter in network.parameters())}  # fmt: skip
     crop, crop_from = (given["crop"], 0) if "crop" in given else (design.crop, design.size or 0)
-    return Foreign(name, encoder, None if size == NATIVE else size, crop, crop_from, classifier, record, title,
-                   untrained is not None)  # fmt: skip
+    found = Foreign(name, encoder, None if size == NATIVE else size, crop, crop_from, classifier, record, title,
+                    untrained is not None)  # fmt: skip
+    if not found.path.exists():
+        adopt(found.path)
+    return found
 
 
 def _label(source: str) -> str:
@@ -150,7 +153,7 @@ def _run(source: str) -> Run:
     """The finished run of a folder, or the one whose name or key begins so."""
     folder, chosen = located(source), []
     if (folder / "config.json").exists():
-        chosen = [Run(folder)]
+        chosen = [stored(Run(folder))]
     elif source:
         with contextlib.suppress(InputError):
             chosen = choose([source])

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bagssl import budget, distributed, runs
+from bagssl import budget, distributed, records, runs
 from bagssl.colours import apply_colour
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
@@ -103,7 +103,7 @@ def _claimed(config: PretrainConfig, images: Images, root: Path | None, deadline
         yield str(run.path), False
         return
     with runs.locked(run, deadline):
-        left = not run.finished  # it may have been finished while we waited
+        left = not (run.finished or root is None and records.adopt(run.path))  # it may have been while we waited
         if left:
             runs.reopen(run)
         yield str(run.path), left
@@ -327,13 +327,24 @@ def load_projector(run: Run, device: str | torch.device = "cpu") -> nn.Module:
     return _load(run, "projector", _projector).to(device)
 
 
+def _weights(run: Run) -> dict[str, Tensor]:
+    """Of encoder and projector; those of a random network, which no record holds, are drawn again from its seed."""
+    if run.has_weights or run.config["training"] != "untrained":
+        return run.weights()
+    tensors = build_model(PretrainConfig.from_dict(run.config)).state_dict()
+    if runs.weights_hash(tensors) != run.metrics["weights_sha256"]:
+        raise InputError(f"{run.path}: this torch draws other weights from its seed; set BAGSSL_RECORD to nothing and "
+                         "delete the folder to make the run again")  # fmt: skip
+    return tensors
+
+
 def _load(run: Run, network: str, build: Callable[[PretrainConfig], nn.Module]) -> nn.Module:
     values, path = run.config, run.path / "config.json"
     try:
         module = build(PretrainConfig.from_dict(values))
     except InputError as error:
         raise InputError(f"{path}, perhaps of a newer bagssl, is not understood: {error}") from error
-    tensors = {name.removeprefix(f"{network}."): tensor for name, tensor in run.weights().items()
+    tensors = {name.removeprefix(f"{network}."): tensor for name, tensor in _weights(run).items()
                if name.startswith(f"{network}.")}  # fmt: skip
     try:
         module.load_state_dict(tensors)

@@ -124,11 +124,14 @@ class Run:
         """Whether its weights are there as fp16 alone: what is measured with them may differ in the last digits."""
         return (self.path / HALF).exists() and not (self.path / WEIGHTS).exists()
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether its weights are there, as trained or as fp16."""
+        return (self.path / WEIGHTS).exists() or self.halved
+
     def check(self) -> None:
         """Raises InputError when what it holds is not what was written; that it holds no weights is no damage."""
-        _ = self.history, self.provenance
-        if self.halved or (self.path / WEIGHTS).exists():
-            self.weights()
+        _ = self.history, self.provenance, self.has_weights and self.weights()
 
     def __repr__(self) -> str:
         return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
@@ -158,7 +161,8 @@ class Run:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            remedy = f"copy {path.name} from where it was trained; or {_AGAIN}"
+            remedy = (f"copy {path.name} from where it was trained; or, to train it again, delete the folder and set "
+                      "BAGSSL_RECORD to nothing")  # fmt: skip
             raise InputError(f"{self.path} has no weights: {remedy}") from None
         if _digest(content) != self.metrics.get("weights_sha256"):
             raise InputError(f"{path} is damaged (its SHA-256 differs); {_AGAIN}")
@@ -310,7 +314,7 @@ def load_checkpoint(run: Run, device: torch.device, names: Collection[str] = ())
 
 def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metrics: dict, record: dict) -> None:
     """Write what a finished run holds, `record` as its provenance; the mark goes last."""
-    weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    weights = _saved(tensors)
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(history[0]) if history else ["step"])
     writer.writeheader()
@@ -322,6 +326,15 @@ def finish(run: Run, tensors: dict[str, torch.Tensor], history: list[dict], metr
     write_json(run.path / "provenance.json", record)
     write_json(run.path / MARK, {**metrics, "weights_sha256": _digest(weights), "history_sha256": _digest(rows)})
     drop_checkpoint(run)
+
+
+def _saved(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the file that `finish` writes of such weights."""
+    return _digest(_saved(tensors))
 
 
 def write_half(run: Run, path: Path) -> None:

@@ -38,6 +38,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("BAGSSL_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("BAGSSL_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("BAGSSL_RUNS", str(tmp_path / "results" / "runs"))
+    monkeypatch.setenv("BAGSSL_RECORD", "")
 
 
 @pytest.fixture(scope="module")

@@ -357,7 +357,8 @@ def test_a_disk_that_keeps_modes_and_times_to_itself_is_written_to(number, tmp_p
         comparison.provenance(tmp_path / "output", [run], {})
         copied = {path.relative_to(tmp_path / "output/runs").as_posix() for path in tmp_path.glob("output/runs/**/*.*")}
         assert copied - {run.path.name} == {f"{run.path.name}/{name}" for name in (
-            "config.json", "history.csv", "metrics.json", "provenance.json", "evaluations/one.json")}
+            "README.md", "config.json", "history.csv", "metrics.json", "provenance.json", "evaluations/one.json",
+            "weights-fp16.safetensors")}
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

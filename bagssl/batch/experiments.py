@@ -11,10 +11,9 @@ import yaml
 
 from bagssl.errors import InputError, check_choice
 from bagssl.parameters import read_yaml
-from bagssl.paths import home
+from bagssl.paths import RECORDED, home
 
-PROFILES = ("smoke", "laptop", "paper")
-RECORDED = PROFILES[1:]  # whose results are records; those of the first are made again whenever they are wanted
+PROFILES = ("smoke", *RECORDED)
 WORTH = "order-of-worth"  # the entry that is no experiment
 
 

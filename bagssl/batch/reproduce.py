@@ -27,13 +27,14 @@ from unittest import mock
 from filelock import Timeout
 
 from bagssl import catalogue, words
-from bagssl.batch.experiments import RECORDED, choose, load_experiments, order_of_worth
+from bagssl.batch.experiments import choose, load_experiments, order_of_worth
 from bagssl.batch.kernels import PROCESS_KILLED, Board, Kernels, sigterm_as_ctrl_c
 from bagssl.batch.notebook import error_line, failing_cell, run_cells
 from bagssl.batch.stages import (
     Stage,
     hashes,
     iso_time,
+    merge_models,
     plan,
     read_record,
     resolve,
@@ -43,7 +44,7 @@ from bagssl.batch.stages import (
 )
 from bagssl.errors import DoesNotFit, InputError, Stopped, nearest
 from bagssl.locks import SharedLock, SystemLock, lock_at
-from bagssl.paths import cores, home, move_folder, runs_root, write_atomically
+from bagssl.paths import RECORDED, cores, home, move_folder, runs_root, write_atomically
 
 ENDED = "whole.json"  # in the store: which entries of the order of worth are done
 OVERTIME = 60.0  # seconds past the time limit before a notebook that takes no notice of it is interrupted
@@ -183,8 +184,11 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
         move_folder(partial, failed)
         return outcome
     (partial / "log.txt").unlink()
-    write_record(partial / "provenance.json", provenance | {"end": iso_time(time.time()), "seconds": round(seconds, 1)})
-    record = {"state": "done", "key": stage.key, "data": stage.data, "files": hashes(partial)}
+    models = merge_models(partial / "runs", stage.models)  # before the results that name them
+    shutil.rmtree(partial / "runs", ignore_errors=True)
+    ended = {"end": iso_time(time.time()), "seconds": round(seconds, 1)}
+    write_record(partial / "provenance.json", {**provenance, **ended, "runs": models})
+    record = {"state": "done", "key": stage.key, "data": stage.data, "runs": models, "files": hashes(partial)}
     write_record(partial / "status.json", record)
     if stage.folder.exists():  # at no moment are both the old and the new results gone
         move_folder(stage.folder, old)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from bagssl import catalogue, words
 from bagssl.batch.experiments import Experiment
 from bagssl.errors import InputError, nearest
 from bagssl.parameters import conform, notebook_cells, notebook_parameters
-from bagssl.paths import file_hash, results_root
+from bagssl.paths import copy_folder, file_hash, results_root
 
+MARK, WEIGHTS, HALF = "metrics.json", "weights.safetensors", "weights-fp16.safetensors"  # of runs.py, without torch
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DECIDE_NOTHING = frozenset({"bench", "cli.py", "batch"})  # in a notebook
 
@@ -31,6 +33,11 @@ class Stage:
     data: dict[str, str]  # dataset -> fingerprint
     key: str
     folder: Path
+
+    @property
+    def models(self) -> Path:
+        """The folder of the models of all experiments of its profile, see records.py."""
+        return self.folder.with_name("runs")
 
     def beside(self, suffix: str) -> Path:
         """The hidden path beside its results: `partial`, `failed`, `old`, `lock`."""
@@ -126,8 +133,8 @@ def package_hash(folder: Path = _PACKAGE, without: frozenset[str] = _DECIDE_NOTH
 def state(stage: Stage) -> str:
     """fresh | stale | missing | failed (or stopped): of the results as they lie on disk."""
     status = read_record(stage.folder / "status.json")
-    with contextlib.suppress(OSError):
-        if status.get("key") == stage.key and all(
+    with contextlib.suppress(OSError, KeyError):
+        if status.get("key") == stage.key and all((stage.models / name).is_dir() for name in status["runs"]) and all(
                 file_hash(stage.folder / name) == value for name, value in status["files"].items()):
             return "fresh"
     if stage.beside("failed").exists():
@@ -163,6 +170,27 @@ def stage_provenance(stage: Stage) -> dict[str, Any]:
             "parameters": stage.parameters, "data": stage.data, "key": stage.key,
             "commit": record["commit"], "dirty": record["dirty"], "hardware": record["hardware"],
             "versions": {**record["versions"], "papermill": version("papermill")}, "start": iso_time(time.time())}
+
+
+def merge_models(source: Path, target: Path) -> list[str]:
+    """Add the models of an experiment to those of its profile; their names.
+
+    Weights in fp32 are not replaced by rounded ones, nor is what was measured lost; a run that was trained anew takes
+    the place of the former.
+    """
+    names = sorted(path.name for path in source.glob("*"))
+    for name in names:
+        new, old = source / name, target / name
+        if _weights(new) != _weights(old):
+            shutil.rmtree(old, ignore_errors=True)
+        copy_folder(new, old, [HALF] * (old / WEIGHTS).exists())
+        if (old / WEIGHTS).exists():
+            (old / HALF).unlink(missing_ok=True)
+    return names
+
+
+def _weights(run: Path) -> str | None:
+    return read_record(run / MARK).get("weights_sha256")
 
 
 def iso_time(seconds: float) -> str:

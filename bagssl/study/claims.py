@@ -334,8 +334,9 @@ def experiment_folders(results: Path, profile: str) -> list[Path]:
 
 def hardware(folder: Path) -> str:
     """What an experiment ran on, as `runs.machine` names it, and where else its models were trained."""
-    here, elsewhere = machine(read_json(folder / "provenance.json").get("hardware") or {}), set()
-    for path in folder.glob("runs/*/provenance.json"):
+    record = read_json(folder / "provenance.json")
+    here, elsewhere = machine(record.get("hardware") or {}), set()
+    for path in (folder.with_name("runs") / name / "provenance.json" for name in record.get("runs") or ()):
         with contextlib.suppress(InputError):
             elsewhere.add(machine(read_json(path).get("hardware") or {}))
     names = ", ".join(sorted(elsewhere - {here, machine({})}))

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bagssl import foreign, intervals, runs
+from bagssl import foreign, intervals, records, runs
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import DoesNotFit, InputError, check_choice
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.foreign import Foreign
 from bagssl.objectives import OBJECTIVES
-from bagssl.paths import copy_folder, results_root
+from bagssl.paths import results_root
 from bagssl.pretraining import pretrain
 from bagssl.runs import Run
 from bagssl.words import join
@@ -214,12 +214,15 @@ def sentences(reading: pd.DataFrame) -> str:
 
 
 def provenance(output: Path, trained: Sequence[Run | Foreign], images: Mapping[str, Images],
-               parameters: Mapping[str, Any] | None = None) -> pd.DataFrame:
-    """What made the results, as a table; the records of the runs (all but their weights) are copied to output/runs."""
+               parameters: Mapping[str, Any] | None = None, opened: bool = False) -> pd.DataFrame:
+    """What made the results, as a table; the runs are copied to output/runs, as `records.keep` does.
+
+    opened: the notebook looks into the models, so that their weights must be the same to the bit.
+    """
     for run in trained:
         if isinstance(run, Foreign):
             run.keep()
-        copy_folder(run.path, output / "runs" / run.path.name, ("weights*.safetensors", "checkpoint.pt", ".*"))
+        records.keep(run.path, output / "runs" / run.path.name, opened)
     record = runs.provenance()
     rows = {**record["versions"], **record["hardware"], "commit": record["commit"], "changed since": record["dirty"],
             **{f"{name} data": split.fingerprint[:16] for name, split in images.items()},

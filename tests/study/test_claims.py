@@ -283,11 +283,16 @@ def test_an_encoder_that_others_trained_has_rows_of_its_own(tmp_path):
 def test_the_ledger_says_where_the_models_were_trained(tmp_path):
     folder = experiment(tmp_path, "one", {"C4": evidence("C4", "cifar10")})
     machines = {"a": {"processor": "Abacus", "cores": 2}, "b": {"gpu": "Engine"}, "c": {"gpu": "Engine"}}
-    for name, made in machines.items():
-        (folder / "runs" / name).mkdir(parents=True)
-        (folder / "runs" / name / "provenance.json").write_text(json.dumps({"hardware": made}))
+    record = json.loads((folder / "provenance.json").read_text()) | {"runs": []}
+    models = folder.with_name("runs")
+    for name, made in {**machines, "another's": {"gpu": "Loom"}}.items():
+        (models / name).mkdir(parents=True)
+        (models / name / "provenance.json").write_text(json.dumps({"hardware": made}))
+    for name in machines:
+        record["runs"].append(name)
+        (folder / "provenance.json").write_text(json.dumps(record))
         assert claims.hardware(folder) == "Abacus, 2 cores" + "; models from Engine" * (name != "a")
-    (folder / "runs/c/provenance.json").write_text("damaged")
+    (models / "c/provenance.json").write_text("damaged")
     assert claims.hardware(folder) == "Abacus, 2 cores; models from Engine"
 
 

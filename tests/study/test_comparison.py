@@ -14,6 +14,7 @@ from bagssl.errors import InputError
 from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.pretraining import load_encoder, pretrain
 from bagssl.probes import knn
+from bagssl.runs import HALF, WEIGHTS
 from bagssl.study import comparison, figures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,11 +214,13 @@ def test_senseless_arms_are_refused(wrong):
     assert "\n" not in str(error.value)
 
 
-def test_the_records_of_runs_are_kept_without_their_weights(images, finished, tmp_path, monkeypatch):
+def test_the_records_of_runs_are_kept(images, finished, tmp_path, monkeypatch):
     table = comparison.provenance(tmp_path, finished, {"training": images[0]})
     kept = tmp_path / "runs" / finished[0].path.name
     assert {"config.json", "metrics.json", "history.csv", "provenance.json"} <= {path.name for path in kept.iterdir()}
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert {path.name for path in tmp_path.rglob("*.safetensors")} == {HALF}
+    comparison.provenance(tmp_path / "opened", finished, {"training": images[0]}, opened=True)
+    assert {path.name for path in (tmp_path / "opened").rglob("*.safetensors")} == {WEIGHTS}
     assert table.loc["training data", "value"] == images[0].fingerprint[:16]
     assert all(run.key in table.loc["runs", "value"] for run in finished)
     monkeypatch.setenv("BAGSSL_COMMITTED", "1")  # by `bagssl notebooks`; and again, over what is there
