@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bagssl import bags, catalogue, data, evaluation, patches, pretraining, probes, runs, study
+from bagssl import bags, catalogue, data, evaluation, patches, pretraining, probes, records, runs, study
 from bagssl.batch.notebook import error_line, failing_cell, run_cells
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
@@ -95,9 +95,9 @@ def rehearse(notebook: Path, parameters: Mapping[str, Any]) -> Rehearsal:
     noted = Rehearsal()
     with tempfile.TemporaryDirectory(prefix="bagssl-") as folder, contextlib.ExitStack() as stack:
         store = Path(folder, "runs")
-        _mirror(runs_root(), store)
-        usual = {"BAGSSL_RUNS": str(store), "BAGSSL_OUTPUT": str(Path(folder, "output")), "BAGSSL_DEADLINE": "",
-                 "BAGSSL_WHOLE": "", "BAGSSL_PACE": ""}  # fmt: skip
+        _mirror([runs_root(), *records.roots()], store)
+        usual = {"BAGSSL_RUNS": str(store), "BAGSSL_RECORD": "", "BAGSSL_OUTPUT": str(Path(folder, "output")),
+                 "BAGSSL_DEADLINE": "", "BAGSSL_WHOLE": "", "BAGSSL_PACE": ""}  # fmt: skip
         stack.enter_context(mock.patch.dict(os.environ, usual))
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # of figures of nonsense
         stack.enter_context(_patience())
@@ -141,14 +141,21 @@ def _place(error: BaseException, notebook: Path) -> str:
     return f"{cell}: {error_line({'ename': type(error).__name__, 'evalue': error})}"
 
 
-def _mirror(store: Path, target: Path) -> None:
-    """The runs of a store, and what was measured, as links: what is written there takes the place of a link."""
+def _mirror(stores: Sequence[Path], target: Path) -> None:
+    """The runs of stores, and what was measured, as links: what is written there takes the place of a link.
+
+    What the first has finished is taken from there alone.
+    """
     target.mkdir()
-    for path in store.glob("*/**/*"):
-        place = target / path.relative_to(store)
-        if path.is_file() and not any(part.startswith(".") for part in place.relative_to(target).parts):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(path)
+    for folder in (folder for store in stores for folder in store.glob("*/")):
+        if (target / folder.name / runs.MARK).exists():
+            continue
+        for path in folder.glob("**/*"):
+            place = target / path.relative_to(folder.parent)
+            hidden = any(part.startswith(".") for part in place.relative_to(target).parts)
+            if path.is_file() and not hidden and not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(path)
 
 
 # ---- the stand-ins
