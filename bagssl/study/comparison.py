@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,21 @@ def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any)
     if unfit:
         raise DoesNotFit("; ".join(unfit))
     return trained
+
+
+def along(configs: Sequence[PretrainConfig], images: Images, ends: Sequence[float],
+          **options: Any) -> dict[str, dict[int, Run]]:  # fmt: skip
+    """Training -> crops seen -> the run that ended there, on the way to the end of its schedule; 0: random weights.
+
+    configs: as of `arms`, for one objective and seed. ends: epochs. options: of `pretrain`, whose errors it raises.
+    """
+    random = [pretrain(config, images, **options) for config in configs if not config.epochs]
+    found = {}
+    for config in (config for config in configs if config.epochs):
+        pretrain(config, images, along=[end for end in ends if end < config.epochs], **options)
+        ended = [pretrain(replace(config, until=end), images, **options) for end in sorted(ends)]
+        found[config.training] = {run.metrics["crops"]: run for run in [*random, *ended]}
+    return found
 
 
 def others(words: Sequence[str], images: Images, **options: Any) -> list[tuple[Run | Foreign, Run | Foreign]]:
@@ -132,8 +148,9 @@ def gains(measured: pd.DataFrame, ks: Sequence[int], images: int) -> pd.DataFram
     """Claim C2 as differences in points of accuracy, paired, on the embedding h with the largest bag.
 
     `measured` as from `measure_all` on `images` test images. With several seeds: mean over seeds of the difference
-    and its 95 % t-interval. With one: the paired bootstrap interval over test images. A difference counts when its
-    interval excludes zero (`verdict` above | below, else undecided).
+    and its 95 % t-interval. With one: the paired bootstrap interval over test images, which with several stands beside
+    it (images_low, images_high), of the mean over seeds. A difference counts when its interval excludes zero
+    (`verdict` above | below, else undecided).
     """
     largest = max(ks)
     pairs = [(("patch-based", largest), ("multi-scale", largest))]
@@ -162,13 +179,16 @@ def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
     """
     a, b = (rows.set_index("seed").sort_index() for rows in (a, b))
     points = (a["accuracy"] - b["accuracy"]).to_numpy(float)
+    first, second = (np.mean([unpack_correct(each, images) for each in rows["correct"]], axis=0) for rows in (a, b))
     if len(points) > 1:
+        (over_images,) = intervals.bootstrap(100 * (first - second)[:, None], lambda means: means)
+        beside = {"images_low": over_images.low, "images_high": over_images.high}
         found = intervals.over_seeds(points)
     else:
-        first, second = (unpack_correct(rows["correct"].iloc[0], images).astype(int) for rows in (a, b))
-        found = intervals.paired(first - second)
+        found, beside = intervals.paired(first - second), {}
     verdict = "above" if found.low > 0 else "below" if found.high < 0 else "undecided"
-    return {"points": found.value, "low": found.low, "high": found.high, "seeds": len(points), "verdict": verdict}
+    return {"points": found.value, "low": found.low, "high": found.high, "seeds": len(points), **beside,
+            "verdict": verdict}  # fmt: skip
 
 
 def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images: int,
@@ -206,9 +226,13 @@ def sentences(reading: pd.DataFrame) -> str:
     seeds = reading["seeds"].max()
     interval = "95 % t-interval over seeds" if seeds > 1 else "95 % paired bootstrap over test images"
     interval += f", wide because there are only {seeds} of them" if 1 < seeds < 4 else ""
+    interval += ", beside it that over test images" if seeds > 1 else ""
     words = {"above": "is better than", "below": "is worse than", "undecided": "cannot be told from"}
+    def beside(row: Mapping[str, Any]) -> str:
+        return f"; over images {row['images_low']:+.1f} to {row['images_high']:+.1f}" if row["seeds"] > 1 else ""
+
     lines = [f"- {row['objective']}, {row['probe']} probe: {row['first']} **{words[row['verdict']]}** {row['second']}: "
-             f"{row['points']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f})"
+             f"{row['points']:+.1f} points ({row['low']:+.1f} to {row['high']:+.1f}{beside(row)})"
              for row in reading.to_dict("records")]
     return "\n".join([f"Differences in points of accuracy, with the {interval}:", "", *lines])
 

@@ -9,7 +9,7 @@ and one denominator per image; its value is the ratio of their means, and `estim
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,9 +62,9 @@ def features(encoder: nn.Module, projector: nn.Module | None, pixels: Tensor, bo
              **options) -> dict[str, Tensor]:
     """{"h": embeddings [K, N, dim], "z": projections [K, N, D]} of boxes [K, N, 4], on the CPU; no z of no projector.
 
-    The rest as in `bags.patch_embeddings`; the projector works where it lies.
+    The rest as in `bags.patch_embeddings`, with progress; the projector works where it lies.
     """
-    h = bags.patch_embeddings(encoder, pixels, boxes, size, **options)
+    h = bags.patch_embeddings(encoder, pixels, boxes, size, **{"progress": True, **options})
     if projector is None:
         return {"h": h}
     device = next((parameter.device for parameter in projector.parameters()), "cpu")
@@ -351,3 +351,22 @@ def measures(encoder: nn.Module, projector: nn.Module | None, pixels: Tensor, la
                 bagged = (each.mean(dim=0, keepdim=True) for each in pair)
                 table[feature, "bag", f"{name} {measure}"] = sensitivity(*bagged, seed)
     return table
+
+
+def evidence(measured: Mapping[tuple[str, str, str], Ratio], shift: int) -> Iterator[tuple[str, str, Estimate]]:
+    """What `measures` say on claims C5 and C6: claim, measure, value; patches are shifted by so many pixels.
+
+    Without a projector there is nothing on C6.
+    """
+    patch, moved = ("h", "patch"), f"shift {shift} px sensitivity"
+    asked: list[tuple[str, str, tuple, tuple | None]] = [  # the measure, and what is subtracted from it
+        ("C5", "position R2 of patches", (*patch, "position R2"), None),
+        ("C5", "neighbours of the same class over chance", (*patch, "same class"), (*patch, "same class by chance")),
+        ("C5", "shift sensitivity, patch over bag", (*patch, moved), ("h", "bag", moved)),
+        ("C6", "position R2, h over z", (*patch, "position R2"), ("z", "patch", "position R2"))]  # fmt: skip
+    for name, of in {"shift": moved, "scale": "scale sensitivity", "colour": "colour sensitivity"}.items():
+        for how in ("", ", whitened"):  # the whitened ones are told, and decide nothing
+            asked.append(("C6", f"{name} sensitivity, h over z{how}", (*patch, of + how), ("z", "patch", of + how)))
+    for claim, measure, one, minus in asked:
+        if (minus or one) in measured:
+            yield claim, measure, estimate(measured[one], minus=minus and measured[minus])

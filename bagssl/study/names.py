@@ -120,3 +120,9 @@ def tex(text: object) -> str:
     written = "".join(_TEX.get(letter, letter) for letter in re.sub(r"([-',])(?=\1)", "\\1\0", line(text)))
     written = re.sub(r"^[*\[]", r"{\g<0>}", written)  # after \\ an option, or a star of it
     return written.replace("\0", "{}")
+
+
+def count(number: int) -> str:
+    """A number of things in few letters, to two digits: 0, 100 k, 3 M."""
+    size, unit = next(((size, unit) for size, unit in ((1e6, " M"), (1e3, " k")) if number >= 0.995 * size), (1, ""))
+    return f"{float(f'{number / size:.2g}'):g}{unit}"

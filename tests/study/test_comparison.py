@@ -179,6 +179,38 @@ def test_a_difference_counts_when_its_interval_excludes_zero(seeds, points, verd
     assert comparison.sentences(gains).count(f"{points + 0.05 * (seeds - 1):+.1f} points") == 4
 
 
+def test_over_several_seeds_the_interval_over_images_stands_beside():
+    """It is that of images drawn anew, seeds averaged; with one seed there is no other to stand beside."""
+    measured = made_up(10, 3)
+    row = comparison.gains(measured, [0, 16], 1000).iloc[0]
+    mean = {training: np.mean([unpack_correct(each, 1000) for each in measured[
+        (measured["training"] == training) & (measured["k"] == 16)]["correct"]], axis=0)
+        for training in ("patch-based", "multi-scale")}  # fmt: skip
+    each = 100 * (mean["patch-based"] - mean["multi-scale"])
+    drawn = np.random.default_rng(1).integers(0, 1000, (4000, 1000))
+    low, high = np.percentile(each[drawn].mean(axis=1), (2.5, 97.5))
+    assert (row["images_low"], row["images_high"]) == (pytest.approx(low, abs=0.3), pytest.approx(high, abs=0.3))
+    assert high - low > 5 * (row["high"] - row["low"])  # these seeds differ by a tenth of a point
+    said = comparison.sentences(comparison.gains(measured, [0, 16], 1000))
+    assert f"over images {row['images_low']:+.1f} to {row['images_high']:+.1f}" in said
+    alone = comparison.gains(made_up(10, 1), [0, 16], 1000)
+    assert "images_low" not in alone and "over images" not in comparison.sentences(alone)
+
+
+def test_along_a_training_stand_the_runs_that_end_there(images, tmp_path):
+    few = images[0].take(torch.arange(40))
+    arms = comparison.arms(["tcr"], [0], {**RECIPE, "epochs": 2}, {})
+    found = comparison.along(arms, few, [2, 1], root=tmp_path, progress=False)
+    assert list(found) == ["patch-based", "multi-scale"]
+    for training, ends in found.items():
+        crops = [run.metrics["crops"] for run in ends.values()]
+        assert list(ends) == crops == sorted(crops) and crops[0] == 0 and crops[2] == 2 * crops[1]
+        assert ends[0].config["training"] == "untrained"
+        assert [run.config.get("until", 2.0) for run in list(ends.values())[1:]] == [1.0, 2.0]
+        assert all(run.config["training"] == training for run in list(ends.values())[1:])
+    assert found["patch-based"][0] == found["multi-scale"][0]
+
+
 def test_a_bag_is_compared_with_one_patch_only_if_one_patch_was_measured():
     measured = made_up(10, 1)
     gains = comparison.gains(measured[measured["k"] != 1], [0, 16], 1000)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bagssl import bags, patches
 from bagssl.errors import InputError
-from bagssl.study import figures, locality
+from bagssl.study import claims, figures, locality
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -359,6 +359,36 @@ def test_all_measures_of_a_colour_encoder_are_what_its_pictures_say():
     assert value["h", "bag", "same class"] > 2 * value["h", "bag", "same class by chance"] - 0.05
     assert value["h", "patch", "flip sensitivity"] == pytest.approx(0, abs=1e-5)
     assert value["h", "patch", "shift 4 px sensitivity"] > 10 * value["h", "patch", "flip sensitivity"] + 1e-3
+
+
+def test_claims_c5_and_c6_are_asked_of_the_measures_that_they_name():
+    """A table in which h knows more than z by what is written, against one where it is the other way."""
+    def ratio(value):
+        return locality.share(np.full(20, value))
+
+    shift, flipped = "shift 4 px sensitivity", {"h": "z", "z": "h"}
+    measured = {("h", "patch", "position R2"): ratio(0.5), ("z", "patch", "position R2"): ratio(0.2),
+                ("h", "patch", "same class"): ratio(0.3), ("h", "patch", "same class by chance"): ratio(0.1),
+                ("h", "bag", shift): ratio(0.1)}  # fmt: skip
+    for name, more in ((shift, 0.3), ("scale sensitivity", 0.2), ("colour sensitivity", 0.1)):
+        for how in ("", ", whitened"):
+            measured |= {("h", "patch", name + how): ratio(0.4), ("z", "patch", name + how): ratio(0.4 - more)}
+    found = {(claim, measure): each.value for claim, measure, each in locality.evidence(measured, 4)}
+    asked = {("C5", "position R2 of patches"): 0.5, ("C5", "neighbours of the same class over chance"): 0.2,
+             ("C5", "shift sensitivity, patch over bag"): 0.3, ("C6", "position R2, h over z"): 0.3,
+             ("C6", "shift sensitivity, h over z"): 0.3, ("C6", "scale sensitivity, h over z"): 0.2,
+             ("C6", "colour sensitivity, h over z"): 0.1}  # fmt: skip
+    assert found.keys() > asked.keys() and all(found[key] == pytest.approx(value) for key, value in asked.items())
+    assert {measure for claim, measure in asked if claim == "C6"} == {
+        each.measure for each in claims.CLAIMS["C6"].conditions}
+    assert {measure for claim, measure in asked if claim == "C5"} == {
+        each.measure for each in claims.CLAIMS["C5"].conditions}
+    other = {(flipped[key[0]], *key[1:]): value for key, value in measured.items()}
+    turned = {measure: each.value for claim, measure, each in locality.evidence(other | {
+        ("h", "bag", shift): ratio(0.1)}, 4) if claim == "C6"}  # fmt: skip
+    assert all(turned[measure] == pytest.approx(-value) for (claim, measure), value in asked.items() if claim == "C6")
+    alone = {key: value for key, value in measured.items() if key[0] == "h"}
+    assert {claim for claim, *_ in locality.evidence(alone, 4)} == {"C5"}
 
 
 # ---- pictures

@@ -313,3 +313,9 @@ def test_the_ledger_gives_back_the_names_of_datasets_and_settings(tmp_path_facto
     assert shown.texts.count("table, notebook") == 1
     verdict = Page(READERS["nbconvert"](f"- {ruling._repr_markdown_()}")).texts[0]
     assert f" {' '.join(name.split())}: holds." in verdict
+
+
+@pytest.mark.parametrize("number, short", [(0, "0"), (7, "7"), (994, "990"), (999, "1 k"), (99_968, "100 k"),
+                                           (999_680, "1 M"), (2_999_040, "3 M"), (9_996_800, "10 M")])  # fmt: skip
+def test_a_number_of_things_in_few_letters(number, short):
+    assert names.count(number) == short
