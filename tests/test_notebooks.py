@@ -127,4 +127,4 @@ def test_every_notebook_checks_its_parameters_first(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code[0].metadata.tags == ["parameters"] and "check_parameters(globals())" in code[1].source
     assert code[-1].source.startswith("figures.Table(comparison.provenance(")
-    assert code[-1].source.endswith(", parameters))")
+    assert re.search(r", parameters(,\s+opened=True)?\)\)$", code[-1].source)

@@ -336,7 +336,8 @@ def hardware(folder: Path) -> str:
     """What an experiment ran on, as `runs.machine` names it, and where else its models were trained."""
     record = read_json(folder / "provenance.json")
     here, elsewhere = machine(record.get("hardware") or {}), set()
-    for path in (folder.with_name("runs") / name / "provenance.json" for name in record.get("runs") or ()):
+    kept = [*folder.glob("runs/*"), *(folder.with_name("runs") / name for name in record.get("runs") or ())]
+    for path in (run / "provenance.json" for run in kept):
         with contextlib.suppress(InputError):
             elsewhere.add(machine(read_json(path).get("hardware") or {}))
     names = ", ".join(sorted(elsewhere - {here, machine({})}))
