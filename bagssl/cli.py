@@ -8,20 +8,36 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from bagssl import __version__
+from bagssl.commands import (
+    bench,
+    cost,
+    data_add,
+    data_check,
+    data_get,
+    data_list,
+    evaluate,
+    list_experiments,
+    notebooks,
+    pretrain,
+    report,
+    reproduce,
+    runs_export,
+    runs_import,
+    runs_list,
+    runs_pull,
+    runs_push,
+)
 from bagssl.errors import Diverged, InputError, Lost, Stopped, shortage
-from bagssl.ranks import launched, rank
+from bagssl.ranks import launched
 
 # What a disk refuses, does not know, or no longer answers; any other OSError is a bug.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
          errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP, errno.EMLINK,
          errno.EXDEV, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
          errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN}  # fmt: skip
-
-# Every command imports what it needs when it runs: `bagssl --help` waits for no torch.
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,211 +82,6 @@ def size(text: str) -> int:
     if not match or not (count := float(match[1]) * (1024 if match[3] else 1000) ** "_KMG".index(match[2] or "_")) >= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 15MiB, 16MB or a number of bytes")
     return int(count)
-
-
-def assignments(texts: Sequence[str]) -> dict[str, str]:
-    """name=value, several of them, to a mapping; the values stay text until their type is known."""
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise InputError(f"--set {text!r} is not name=value")
-        if name in found:
-            raise InputError(f"--set {name} is given twice")
-        found[name] = value
-    return found
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first row as header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
-
-
-def reproduce(arguments: argparse.Namespace) -> int:
-    from bagssl.batch import reproduce
-
-    if arguments.bare and (arguments.jobs > 1 or arguments.fresh):
-        raise InputError("--bare executes one after the other, in this process: leave out --jobs and --fresh")
-    if arguments.results:
-        from bagssl.paths import runs_root
-
-        os.environ["BAGSSL_RUNS"] = str(runs_root())  # models stay where they are
-        os.environ["BAGSSL_RESULTS"] = os.path.abspath(arguments.results)
-    if arguments.whole and not (arguments.bare and arguments.time_limit):
-        raise InputError("--whole is for a box that is gone afterwards: give --bare and --time-limit with it")
-    asked = arguments.experiment, arguments.profile, assignments(arguments.set)
-    if arguments.cluster:
-        return _submit(arguments, asked)
-    if arguments.cluster_options or arguments.dry_run:
-        raise InputError("--cluster-options and --dry-run go with --cluster slurm or --cluster local")
-    if arguments.bare:
-        return reproduce.reproduce_bare(*asked, time_limit=arguments.time_limit, whole=arguments.whole)
-    return reproduce.reproduce(*asked, jobs=arguments.jobs, fresh=arguments.fresh, time_limit=arguments.time_limit,
-                               replace=arguments.replace)  # fmt: skip
-
-
-def _submit(arguments: argparse.Namespace, asked: tuple) -> int:
-    from bagssl.batch import cluster
-
-    if arguments.bare or arguments.whole or arguments.time_limit:
-        raise InputError("--cluster has jobs with limits of their own (timeout_min in --cluster-options): leave out "
-                         "--bare, --whole and --time-limit")  # fmt: skip
-    plan = cluster.prepare(*asked, arguments.cluster, arguments.cluster_options, dry_run=arguments.dry_run,
-                           fresh=arguments.fresh, replace=arguments.replace)  # fmt: skip
-    if arguments.dry_run:
-        print(table(cluster.table(plan)), "", *plan.notes, sep="\n")
-        return 2 if plan.lacks else 0
-    return cluster.submit(plan, arguments.jobs)
-
-
-def list_experiments(arguments: argparse.Namespace) -> None:
-    from bagssl.batch import experiments, stages
-
-    rows = [("EXPERIMENT", "PROFILE", "STATE", "COST", "NOTEBOOK", "PAPER")]
-    for experiment in experiments.load_experiments().values():
-        for profile, details in experiment.profiles.items():
-            state = stages.state(stages.plan(experiment, profile, fetch=False))
-            rows.append((experiment.name, profile, state, details.cost, experiment.notebook.name, experiment.artefact))
-    print(table(rows))
-
-
-def cost(arguments: argparse.Namespace) -> None:
-    from bagssl.batch import cost
-
-    found = cost.cost(arguments.experiment, arguments.profile, assignments(arguments.set), gpus=arguments.gpus,
-                      machine=arguments.machine, rate=arguments.rate)
-    print(table(cost.table(found, arguments.price)), "", *cost.notes(found, arguments.gpus, arguments.price), sep="\n")
-
-
-def data_list(arguments: argparse.Namespace) -> None:
-    from bagssl.catalogue import status
-
-    columns = ("name", "state", "train", "test", "classes", "size", "source")
-    rows = [[str(row[name] if row[name] is not None else "") for name in columns] for row in status()]
-    print(table([[name.upper() for name in columns], *rows]))
-
-
-def data_get(arguments: argparse.Namespace) -> None:
-    from bagssl import trees
-
-    print(trees.get(arguments.name))
-
-
-def data_add(arguments: argparse.Namespace) -> None:
-    from bagssl import trees
-
-    print(trees.add(arguments.name, arguments.path, size=arguments.size, force=arguments.force,
-                    follow_links=arguments.follow_links, classes=arguments.classes,
-                    skip_unreadable=arguments.skip_unreadable))
-
-
-def data_check(arguments: argparse.Namespace) -> None:
-    from bagssl import data
-
-    fingerprints = data.check(arguments.name)
-    print(f"{arguments.name}: as it was written", table([*fingerprints.items()]), sep="\n")
-
-
-def pretrain(arguments: argparse.Namespace) -> int | None:
-    from bagssl import data, distributed, pretraining
-    from bagssl.config import PretrainConfig
-    from bagssl.parameters import conform
-
-    types = {field.name: field.type.__name__.replace("Mapping", "dict") for field in fields(PretrainConfig)}
-    given: dict[str, Any] = assignments(arguments.set)
-    for name in ("dataset", "objective", "training", "seed"):
-        if getattr(arguments, name) is not None:
-            if name in given:
-                raise InputError(f"{name} is given twice: --{name} and --set {name}")
-            given[name] = getattr(arguments, name)
-    typed = {name: conform(name, value, types[name]) if name in types else value for name, value in given.items()}
-    config = PretrainConfig.from_dict(typed)
-    if arguments.processes > launched() == 1:
-        return distributed.launch(arguments.processes, arguments.words)
-    run = pretraining.pretrain(config, data.load(config.dataset, "train"), accumulate=arguments.accumulate,
-                               recompute=arguments.recompute, time_limit=arguments.time_limit)
-    if not rank():
-        print(os.path.relpath(run.path))
-
-
-def evaluate(arguments: argparse.Namespace) -> int | None:
-    from bagssl import data, distributed, evaluation, foreign, overview, words
-    from bagssl.batch.kernels import sigterm_as_ctrl_c
-    from bagssl.parameters import conform
-    from bagssl.study import sizes
-
-    ks, scales, probes = (conform(f"--{name}", getattr(arguments, name), kind) for name, kind in
-                          (("ks", "list[int]"), ("scales", "list[float]"), ("probes", "list[str]")))
-    evaluation.check_protocol(ks, probes, ["h"])
-    if arguments.csv and os.path.isdir(arguments.csv):
-        raise InputError(f"--csv {arguments.csv} is a folder: name a file")
-    if arguments.processes > launched() == 1:
-        return distributed.launch(arguments.processes, arguments.words)
-    encoder = foreign.find(arguments.encoder, **{name: getattr(arguments, name) for name in words.OPTIONS})
-    train, test = (sizes.sample(data.load(arguments.dataset, split), f"--{split}-images", count)
-                   for split, count in (("train", arguments.train_images), ("test", arguments.test_images)))
-    sizes.check_scales("--scales", scales, train)
-    sizes.check_probes(train, probes)
-    if isinstance(encoder, foreign.Foreign) and not rank():
-        print(encoder, file=sys.stderr, flush=True)
-    top5 = len(train.classes) >= evaluation.TOP5_FROM
-    try:
-        with sigterm_as_ctrl_c():  # a launcher sends it where one of its processes has ended
-            rows = evaluation.over_scales(encoder, train, test, ks, scales, probes=probes, top5=top5)
-    except KeyboardInterrupt:
-        peer = ", or another process of it has ended" * (launched() > 1)
-        raise Stopped(f"interrupted{peer}; the next call goes on after what was measured", interrupted=True) from None
-    if rank():
-        return
-    about = {"encoder": encoder.path.name, "dataset": arguments.dataset, "train_images": len(train),
-             "test_images": len(test)}  # fmt: skip
-    if arguments.csv:
-        overview.write_csv(arguments.csv, [{**about, **row} for row in rows])
-    print(f"{about['encoder']}, kept in {os.path.relpath(encoder.path)}", file=sys.stderr)
-    names = ("SHOWN", "K", "PROBE", "ACCURACY", "FROM", "TO", *["TOP-5"] * top5, "GAIN", "FROM", "TO")
-    print(table([names, *map(overview.measured, rows)]))
-
-
-def runs_list(arguments: argparse.Namespace) -> None:
-    from bagssl.overview import rows
-
-    print(table([("RUN", "STATE", "CROPS", "SECONDS", "MACHINE", "WEIGHTS", "ACCURACY"), *rows()]))
-
-
-def runs_export(arguments: argparse.Namespace) -> None:
-    from bagssl.overview import choose
-    from bagssl.packing import export
-
-    for path in export(choose(arguments.name), arguments.folder, arguments.part, arguments.weights,
-                       new=arguments.new):  # fmt: skip
-        print(os.path.relpath(path))
-
-
-def runs_import(arguments: argparse.Namespace) -> None:
-    from bagssl.packing import unpack
-
-    print(*unpack(arguments.file), sep="\n")
-
-
-def notebooks(arguments: argparse.Namespace) -> int:
-    from bagssl.batch.reproduce import refresh_notebooks
-
-    return refresh_notebooks(arguments.notebook)
-
-
-def report(arguments: argparse.Namespace) -> None:
-    from bagssl.batch.report import write_report
-
-    print(os.path.relpath(write_report()))
-
-
-def bench(arguments: argparse.Namespace) -> None:
-    from bagssl.bench import bench
-
-    path = bench(arguments.row, arguments.dataset, arguments.quick, time_limit=arguments.time_limit)
-    print("quick sizes: nothing kept" if arguments.quick else os.path.relpath(path))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -381,6 +192,14 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--new", action="store_true", help="only what no pack in the folder holds")
     options = command("import", runs_import, "Bring exported runs into the store, whole or not at all.", actions)
     options.add_argument("file", nargs="+", help="all the files, or the folder that holds them")
+    options = command("push", runs_push, "Publish a finished run on the Hugging Face hub, with its card.", actions)
+    options.add_argument("name", help="the run's name or key, or how it begins")
+    options.add_argument("repo", help="OWNER/NAME; made where it is not there")
+    options.add_argument("--private", action="store_true", help="make the repository private")
+    options.add_argument("--dry-run", metavar="FOLDER", help="write there what would be published, and nothing else")
+    options = command("pull", runs_pull, "Bring a run from the hub into the store.", actions)
+    options.add_argument("repo", help="OWNER/NAME, as it was pushed")
+    options.add_argument("--revision", metavar="REV", help="a branch, tag or commit of it")
 
     options = command("bench", bench, "Measure speed as ratios, side by side, into results/bench/.")
     options.add_argument("row", nargs="*", help="some of the measurements; none: all, in about half an hour")

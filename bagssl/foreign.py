@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bagssl import architectures, checkpoints, runs
+from bagssl import architectures, checkpoints, hub, runs
 from bagssl.architectures import PatchEncoder, embedding_dim
 from bagssl.errors import InputError
 from bagssl.overview import choose
 from bagssl.paths import file_hash, runs_root
 from bagssl.records import FOREIGN, adopt, stored
 from bagssl.runs import Run
-from bagssl.words import MEANING, NATIVE, POOLS, SUFFIXES, is_file, is_library, join, located, parse
+from bagssl.words import HUB, MEANING, NATIVE, POOLS, SUFFIXES, is_file, is_library, join, located, parse
 
 _CLASSIFIER = re.compile(r"(?:fc|heads?|classifier|linear)(?:\.\w+)?\.weight")
 
@@ -150,7 +150,9 @@ def _label(source: str) -> str:
 
 
 def _run(source: str) -> Run:
-    """The finished run of a folder, or the one whose name or key begins so."""
+    """The finished run of a folder or of the hub, or the one whose name or key begins so."""
+    if source.startswith(HUB):
+        return hub.pull(source.removeprefix(HUB))
     folder, chosen = located(source), []
     if (folder / "config.json").exists():
         chosen = [stored(Run(folder))]
@@ -159,7 +161,8 @@ def _run(source: str) -> Run:
             chosen = choose([source])
     if not chosen:
         raise InputError(f"{source!r} is no encoder: give torchvision:NAME, timm:NAME, a file ({', '.join(SUFFIXES)}) "
-                         "with arch=, or a run by its key, name or folder (bagssl runs list)")  # fmt: skip
+                         "with arch=, hub:OWNER/NAME, or a run by its key, name or folder (bagssl runs list)"
+                         )  # fmt: skip
     if len(chosen) > 1:
         raise InputError(f"{len(chosen)} runs begin with {source!r}: write more of {chosen[0].path.name}")
     if not chosen[0].finished:

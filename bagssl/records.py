@@ -50,13 +50,23 @@ def adopt(path: Path) -> bool:
         found = Run(source)
         if not found.finished:
             return False
-        found.check()
-        if runs.run_key(found.config, runs.read_json(source / "config.json").get("data")) != found.key:
-            raise InputError(f"{source / 'config.json'} is damaged: it is not that of this run")
-    copy_folder(source, path, (mark, CARD, ".*"))
-    with write_atomically(path / mark) as temporary:  # last, so that a copy that was cut short is none
-        temporary.write_bytes((source / mark).read_bytes())
+        check(found)
+    take(source, path, mark)
     return True
+
+
+def check(run: Run) -> None:
+    """Raises InputError, by the file's name, where a finished run is damaged, or bears the name of another."""
+    run.check()
+    if runs.run_key(run.config, runs.read_json(run.path / "config.json").get("data")) != run.key:
+        raise InputError(f"{run.path / 'config.json'} is damaged: it is not that of this run")
+
+
+def take(source: Path, path: Path, mark: str = MARK) -> None:
+    """Copy a sound folder into the store, its mark last, so that a copy that was cut short is none."""
+    copy_folder(source, path, (mark, CARD, ".*"))
+    with write_atomically(path / mark) as temporary:
+        temporary.write_bytes((source / mark).read_bytes())
 
 
 def only_there(root: Path | None = None) -> list[Run]:

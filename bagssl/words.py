@@ -5,6 +5,7 @@
     FILE.pth,arch=torchvision:resnet18      a file and the network that it belongs to: torchvision:, timm:, bagssl:
     FILE.pth,arch=nets:vicreg,normalise=imagenet,size=32        or MODULE:FUNCTION, one's own code
     3f2a, cifar10-tcr-..., runs/cifar10-tcr-...                 a run by its key or name, or how they begin; its folder
+    hub:OWNER/NAME                                              a run that was published on the Hugging Face hub
 
 Options follow after commas, and say what the library does not know or what is to be otherwise:
 
@@ -36,6 +37,7 @@ NORMALISATIONS = {  # three means, three deviations
     "cifar100": (0.5071, 0.4865, 0.4409, 0.2673, 0.2564, 0.2762),
 }  # fmt: skip
 NATIVE = "native"
+HUB = "hub:"
 
 
 def is_library(source: str) -> bool:

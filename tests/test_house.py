@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_setup import NOTEBOOK_SOFTWARE, ROOT
 
-STOREYS = ("method", "study", "batch", "bench", "cli")  # an import points to the left
+STOREYS = ("method", "study", "batch", "bench", "commands", "cli")  # an import points to the left
 LONGEST_FUNCTION, LONGEST_FILE = 60, 450  # lines
 LONGEST = {"bagssl.pretraining.step": 30, "bagssl.pretraining.train": 40}  # the mathematics of a step, and the loop
 

@@ -20,7 +20,7 @@ from bagssl.paths import copy_folder, file_hash, results_root
 
 MARK, WEIGHTS, HALF = "metrics.json", "weights.safetensors", "weights-fp16.safetensors"  # of runs.py, without torch
 _PACKAGE = Path(__file__).resolve().parents[1]
-_DECIDE_NOTHING = frozenset({"bench", "cli.py", "batch"})  # in a notebook
+_DECIDE_NOTHING = frozenset({"bench", "cli.py", "commands.py", "hub.py", "batch"})  # in a notebook
 
 
 @dataclass(frozen=True, eq=False)
