@@ -10,7 +10,7 @@ import functools
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
 from html import unescape
@@ -25,11 +25,13 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
+from bagssl import overview
 from bagssl.batch.experiments import PROFILES
 from bagssl.errors import InputError
 from bagssl.parameters import notebook_cells
 from bagssl.paths import cores, results_root, write_atomically
-from bagssl.runs import read_json
+from bagssl.records import FOREIGN
+from bagssl.runs import list_runs, read_json
 from bagssl.study import claims, figures
 
 WIDTH = 1200  # pixels of an embedded figure at most: two per pixel of the column on a screen
@@ -68,13 +70,17 @@ def _profile(root: Path, name: str, experiments: list[dict[str, Any]]) -> dict[s
             shown: dict[str, list] = {}  # rule -> what it decides on, worst first
             for row in rows.to_dict("records"):
                 shown.setdefault(row["rule"], []).append({**row, "text": claims.text(row)})
-            datasets.append({**entry, "subject": claims.subject(entry), "notes": claims.CLAIMS[claim].notes,
+            about = claims.subject(entry)
+            datasets.append({**entry, "subject": about, "slug": _slug(about), "notes": claims.CLAIMS[claim].notes,
                              "experiment": entry["table"].split("/")[0], "rows": shown,
                              "strip": claims.strip(claim, entry, rows)})  # fmt: skip
         order = (claims.FAILS, claims.UNDECIDED, claims.HOLDS, claims.MISSING)
         cards.append({"claim": claim, "statement": entries["statement"].iloc[0], "datasets": datasets,
                       "verdict": min(entries["verdict"], key=order.index)})  # fmt: skip
     decided = {(row["claim"], claims.subject(row)): row["verdict"] for row in ledger.to_dict("records")}
+    subjects = dict.fromkeys(subject for _, subject in decided)
+    glance = [{"subject": subject, "slug": _slug(subject), "verdicts": [decided.get((card["claim"], subject))
+                                                                       for card in cards]} for subject in subjects]
     for each in experiments:
         own = evidence[evidence["experiment"] == each["name"]]
         pairs = dict.fromkeys((row["claim"], claims.subject(row)) for row in own.to_dict("records"))
@@ -82,7 +88,22 @@ def _profile(root: Path, name: str, experiments: list[dict[str, Any]]) -> dict[s
         each["badges"] = list(dict.fromkeys((claim, verdict) for claim, _, verdict in each["decides"]))
     experiments.sort(key=lambda each: (each["notebook"], each["name"]))
     hardware = sorted({each["hardware"] for each in experiments})
-    return {"name": name, "claims": cards, "experiments": experiments, "hardware": hardware}
+    groups: dict[str, list] = {}  # by what they are about
+    for each in experiments:
+        groups.setdefault(each["subject"], []).append(each)
+    return {"name": name, "claims": cards, "glance": glance, "experiments": experiments, "hardware": hardware,
+            "groups": dict(sorted(groups.items())), "models": _models(root / name / "runs")}  # fmt: skip
+
+
+def _slug(subject: str) -> str:
+    """Of the name of a place on the page."""
+    return re.sub(r"\W+", "-", subject)
+
+
+def _models(folder: Path) -> list[dict[str, str]]:
+    """The models of a record, as `bagssl runs list` has them."""
+    names = ("name", "state", "crops", "seconds", "machine", "weights", "accuracy")
+    return [dict(zip(names, overview.row(run), strict=True)) for run in list_runs(folder) if run.finished]
 
 
 # ---- one experiment
@@ -108,9 +129,17 @@ def _experiment(folder: Path) -> dict[str, Any]:
              for name, value in provenance.items()]  # fmt: skip
     files = {suffix: f"{folder.name}/{folder.name}.{suffix}" for suffix in ("html", "ipynb")
              if (folder / f"{folder.name}.{suffix}").exists()}
-    return {"name": folder.name, "dataset": dataset, "notebook": str(provenance.get("notebook", "")), "files": files,
+    others = [each["name"] for each in map(read_json, _others(folder, provenance))]
+    return {"name": folder.name, "dataset": dataset, "subject": ", ".join([dataset or "synthetic", *others]),
+            "notebook": str(provenance.get("notebook", "")), "files": files,
             "provenance": lines, "hardware": claims.hardware(folder), "figures": images, "tables": tables,
             "title": story["title"] or folder.name, "claim": _inline(story["claim"]), "says": _html(story["says"])}
+
+
+def _others(folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
+    """The records of the encoders that others trained among an experiment's models, but for their random controls."""
+    runs = [*folder.glob("runs/*"), *(folder.with_name("runs") / name for name in provenance.get("runs") or ())]
+    return [run / FOREIGN for run in runs if (run / FOREIGN).exists() and "-untrained-seed" not in run.name]
 
 
 def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -10,14 +11,17 @@ from urllib.parse import unquote
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from test_claims import GOOD
 from test_experiments import write_list, write_notebook
 
-from bagssl import cli
+from bagssl import cli, data, records
 from bagssl.batch import kernels, report
 from bagssl.batch.reproduce import reproduce
+from bagssl.config import PretrainConfig
 from bagssl.errors import InputError
+from bagssl.pretraining import pretrain
 from bagssl.study import claims, figures
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -156,6 +160,28 @@ def test_each_profile_experiment_and_claim_has_its_place(results, source):
         ledger = pd.read_csv(results / profile / "claims.csv", keep_default_na=False)
         assert ledger["verdict"].value_counts().to_dict() == {claims.MISSING: 6, claims.HOLDS: 1}
     assert "+3.0 points (2.0 to 4.0)" in Page(source).text
+
+
+def test_a_number_is_two_clicks_away(results, source):
+    """The profile, then the verdict in the table of subjects and claims: it leads to the place where the number is."""
+    tags = Page(source).tags
+    links = {unquote(attributes["href"][1:]) for name, attributes in tags if name == "a" and attributes.get(
+        "href", "").startswith("#")}  # fmt: skip
+    assert {"laptop", "laptop/C2/cifar10", "smoke/C2/cifar10"} <= links
+    assert {link for link in links if link.count("/") == 2} <= {attributes.get("id") for _, attributes in tags}
+
+
+def test_the_models_of_a_record_have_a_row_and_a_card(results, tmp_path):
+    images = data.load("synthetic", "train").take(torch.arange(0, 3920, 49))
+    run = pretrain(PretrainConfig(width=8, size=8, batch_size=16, views=2, epochs=1), images, progress=False)
+    shutil.copytree(results, tmp_path / "copy")
+    records.keep(run.path, tmp_path / "copy/laptop/runs" / run.path.name, True)
+    page = Page(report.write_report(tmp_path / "copy").read_text(encoding="utf-8"))
+    assert run.path.name in page.text and "fp32" in page.text and "laptop/models" in {
+        attributes.get("id") for _, attributes in page.tags}
+    link = f"laptop/runs/{run.path.name}/README.md"
+    assert link in {unquote(attributes.get("href", "")) for _, attributes in page.tags}
+    assert (tmp_path / "copy" / link).exists()
 
 
 def test_title_captions_and_reading_come_from_the_tags_of_the_executed_notebook(tmp_path):
