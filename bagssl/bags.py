@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bagssl import budget, patches
+from bagssl.augmentation import Augmentation
+from bagssl.colours import Colour, apply_colour, draw_colour
 from bagssl.data import Pixels
 from bagssl.devices import COMPILE_FROM, room
 from bagssl.distributed import to_first, turns
@@ -26,8 +28,9 @@ LARGE = 96  # px: of larger crops fewer at a time, or a ResNet-50's maps would t
 
 
 def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: float, size: int | None,
-               crop: float = 1.0, pool: str = "mean", seed: int = 0, device: torch.device | str | None = None,
-               batch: int | None = None, progress: bool = False, more: int = 0) -> dict[int, Tensor]:
+               crop: float = 1.0, pool: str = "mean", colour: Augmentation | None = None, seed: int = 0,
+               device: torch.device | str | None = None, batch: int | None = None, progress: bool = False,
+               more: int = 0) -> dict[int, Tensor]:
     """The mean embedding of the first K of max(ks) random patches of each image, for each K in `ks`.
 
     encoder: any module that maps [M, 3, size, size] in [0, 1] to [M, dim]; it stays as it is. With size None each crop
@@ -35,7 +38,8 @@ def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: 
     pixels: uint8 [N, 3, H, W], wherever they lie. scale: the patches' share of the image's area. K = 0 is the centre
     crop: the whole image, or the share `crop` of its side, once. The patches follow from `seed` alone: bags are nested
     (the patches of K = 4 are the first of those of K = 16) and independent of `batch`, which counts the crops embedded
-    at a time. pool: `mean`, or `max` for the largest of each coordinate.
+    at a time. pool: `mean`, or `max` for the largest of each coordinate. colour: by which patches are coloured as in
+    training; None: they are shown as they are.
     device: where to embed, by default where the encoder lies. more: crops that must follow for these to be of use, see
     `budget.piece`. Returns {K: float32 [N, dim]} on the CPU. In a `distributed.group` the processes take the images in
     turns, `batch` crops each, the same as one process would: the first gets all bags (on CPUs with as many threads to
@@ -68,7 +72,8 @@ def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: 
                 keep(0, images, embed(patches.centre_crop(part, whole, crop)), batch)
             update(done := count)
         before = None
-        for images, start, h in _chunks(embed, pixels, _boxes(pixels, most, scale, seed), size, device, batch):
+        drawn = _boxes(pixels, most, scale, seed), colour and _colours(len(pixels), most, colour, seed)
+        for images, start, h in _chunks(embed, pixels, *drawn, size, device, batch):
             total = _pooled(h, pool, before if start else None)
             before = total[-1]
             for k in ks:
@@ -99,7 +104,7 @@ def patch_embeddings(encoder: nn.Module, pixels: Pixels, boxes: Tensor, size: in
         raise ValueError(f"boxes must be [patches, {len(pixels)}, 4] for {len(pixels)} images, not {list(boxes.shape)}")
     done, embeddings = 0, None
     with _telling(boxes.shape[0] * boxes.shape[1], encoder, size, device, progress) as update:
-        for images, start, h in _chunks(embed, pixels, boxes, size, device, batch):
+        for images, start, h in _chunks(embed, pixels, boxes, None, size, device, batch):
             if embeddings is None:
                 embeddings = torch.empty(*boxes.shape[:2], h.shape[2])
             embeddings[start : start + len(h), images] = h
@@ -194,8 +199,16 @@ def _boxes(pixels: Pixels, count: int, scale: float, seed: int) -> Tensor:
     return boxes
 
 
-def _chunks(embed: Callable[[Tensor], Tensor], pixels: Pixels, boxes: Tensor, size: int, device: torch.device,
-            batch: int) -> Iterator[tuple[slice, int, Tensor]]:
+def _colours(images: int, count: int, augmentation: Augmentation, seed: int) -> Colour:
+    """Changes of colour, [count, images, ...], drawn patch by patch, so that bags are nested."""
+    generator = torch.Generator().manual_seed(seed)
+    each = [draw_colour(images, augmentation, generator) for _ in range(count)]
+    return Colour(**{name: None if value is None else torch.stack([getattr(one, name) for one in each])
+                     for name, value in vars(each[0]).items()})  # fmt: skip
+
+
+def _chunks(embed: Callable[[Tensor], Tensor], pixels: Pixels, boxes: Tensor, colours: Colour | None, size: int,
+            device: torch.device, batch: int) -> Iterator[tuple[slice, int, Tensor]]:
     """Which images, the first patch, and the embeddings [patches, images, dim] of a chunk of at most `batch` crops.
 
     All patches of some images, then of the next, so that each image is read once; where one image has more patches
@@ -205,9 +218,14 @@ def _chunks(embed: Callable[[Tensor], Tensor], pixels: Pixels, boxes: Tensor, si
     for own, together in turns(len(pixels), step):
         images = pixels[own].to(device, non_blocking=True)
         for start in range(0, len(boxes), batch // step):
-            chunk = boxes[start : start + batch // step, own].long()
+            some = slice(start, start + batch // step)
+            chunk = boxes[some, own].long()
             image = torch.arange(len(images)).repeat(len(chunk))
-            h = embed(patches.crop(images, chunk.flatten(0, 1), size, image=image))
+            cut = patches.crop(images, chunk.flatten(0, 1), size, image=image)
+            if colours is not None:
+                drawn = colours.map(lambda values, some=some, own=own: values[some, own].flatten(0, 1))
+                cut = apply_colour(cut, drawn.map(lambda values: values.to(device)))
+            h = embed(cut)
             yield together, start, h.view(*chunk.shape[:2], -1)
 
 

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from bagssl import budget, distributed, intervals, patches, runs
+from bagssl.augmentation import Augmentation
 from bagssl.bags import POOLS as OF_BAGS
 from bagssl.bags import embed_bags
+from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.devices import pick_device
 from bagssl.errors import InputError, check_choice
@@ -44,20 +46,22 @@ Bags = dict[str, dict[int, Tensor]]  # feature -> K -> [images, dim]
 
 def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequence[int], *,
              probes: Sequence[str] = ("knn", "linear"), features: Sequence[str] = ("h",),
-             scale: float | Sequence[float], pool: str = "mean", top5: bool = False, seed: int = 0,
-             device: str = "auto", progress: bool = True) -> list[dict[str, Any]]:
+             scale: float | Sequence[float], pool: str = "mean", colour: bool = False, top5: bool = False,
+             seed: int = 0, device: str = "auto", progress: bool = True) -> list[dict[str, Any]]:
     """Accuracy of `model` on `test` for bags of each K (0 = centre crop), each probe and feature (h or z).
 
     test: images, or a share of `train` to hold out, drawn at random, for a choice that must not see the test images.
-    Patches are cut at `scale` (fraction of the image's area) without colour and shown to the encoder at its size
-    (`view`); of several scales, each gives a bag of K, and their means are concatenated. pool: `mean`, `max` (see
-    `embed_bags`), or `with centre crop`: the centre crop beside the mean, in one longer vector. Returns one row per
-    feature, K and probe: accuracy, low and high in per cent, with `top5` also top5, top5_low and top5_high, that among
-    the first five answers; the probe's settings, and which test images were right (`unpack_correct`). A protocol that
-    was measured before on this model is read from its folder. Called by each process of a torchrun, all embed, as in
-    `embed_bags`; the first alone probes, writes, and tells the others; one that is gone or hangs ends all with Lost.
+    Patches are cut at `scale` (fraction of the image's area), with `colour` coloured as in the run's training, and
+    shown to the encoder at its size (`view`); of several scales, each gives a bag of K, and their means are
+    concatenated. pool: `mean`, `max` (see `embed_bags`), or `with centre crop`: the centre crop beside the mean, in
+    one longer vector. Returns one row per feature, K and probe: accuracy, low and high in per cent, with `top5` also
+    top5, top5_low and top5_high, that among the first five answers; the probe's settings, and which test images were
+    right (`unpack_correct`). A protocol that was measured before on this model is read from its folder. Called by each
+    process of a torchrun, all embed, as in `embed_bags`; the first alone probes, writes, and tells the others; one that
+    is gone or hangs ends all with Lost.
     Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, a share that leaves
-    one side without images, z of an encoder that has no projector, or patches that it does not take.
+    one side without images, z or the colour of an encoder that has no projector or training of ours, or patches that
+    it does not take.
     """
     check_protocol(ks, probes, features)
     check_choice("pool", pool, POOLS)
@@ -66,6 +70,8 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
     seen, scales = view(model, train.pixels), scale if isinstance(scale, Sequence) else [scale]
     if isinstance(model, Foreign) and "z" in features:
         raise InputError(f"{model.name} is an encoder without a projector: it has h, and no z")
+    if isinstance(model, Foreign) and colour:
+        raise InputError(f"{model.name} was trained by others: how patches were coloured is not known")
     for images in (train, test):
         if isinstance(images, Images):
             check_sides(model, images.pixels, scales if any(ks) else [])
@@ -76,6 +82,7 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
         "weights": model.metrics["weights_sha256"] if isinstance(model, Run) else model.digest,
     }  # fmt: skip
     protocol |= {"pool": pool} if pool != "mean" else {}
+    protocol |= {"colour": True} if colour else {}
     protocol |= {"top5": True} if top5 else {}
     protocol |= {"crop": seen["crop"]} if seen["crop"] < 1 and (0 in ks or pool == BESIDE) else {}
     path = _place(model, protocol)
@@ -196,8 +203,10 @@ def _embed(model: Run | Foreign, train: Images, test: Images | float, protocol: 
     if "z" in protocol["features"]:
         networks["z"] = load_projector(model, device)
 
+    colour = PretrainConfig.from_dict(model.config).augmentation() if protocol.get("colour") else None
+
     def embed(images: Images, seed: int, then: int = 0) -> Bags:
-        return _bags(networks, images, protocol, seed, device, progress, then)
+        return _bags(networks, images, protocol, seed, device, progress, then, colour)
 
     bags, labels = embed(train, protocol["seed"], len(test) if isinstance(test, Images) else 0), train.labels
     if isinstance(test, Images):  # other patches for the test images than for the training images
@@ -256,7 +265,7 @@ class _Features(nn.Module):
 
 
 def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, Any], seed: int, device: str,
-          progress: bool, then: int = 0) -> Bags:  # fmt: skip
+          progress: bool, then: int = 0, colour: Augmentation | None = None) -> Bags:  # fmt: skip
     """Feature -> K -> bags [images, dim], those of several scales concatenated. then: images that must follow.
 
     No patch is embedded twice for h and z, nor what this process has embedded before. Of several the first has bags.
@@ -266,7 +275,8 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
     pool, beside = "max" if protocol.get("pool") == "max" else "mean", protocol.get("pool") == BESIDE
 
     def place(scale: float, feature: str, k: int) -> tuple:  # the whole image has no scale
-        where = (images.fingerprint, protocol["size"], seed, device, (scale, pool) if k else protocol.get("crop", 1))
+        kind = (scale, pool, colour) if k else protocol.get("crop", 1)
+        where = images.fingerprint, protocol["size"], seed, device, kind
         return (protocol["weights"], protocol.get("rounded"), *where, feature, k)
 
     def lacking(scale: float) -> list[int]:
@@ -277,8 +287,8 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
         if missing := distributed.from_first(partial(lacking, scale)):
             network = _Features(networks["h"], networks.get("z"))
             embedded = embed_bags(network, images.pixels, missing, scale=scale, size=protocol["size"],
-                                  crop=protocol.get("crop", 1.0), pool=pool, seed=seed, device=device,
-                                  progress=progress, more=then * max(ks))  # fmt: skip
+                                  crop=protocol.get("crop", 1.0), pool=pool, colour=colour, seed=seed,
+                                  device=device, progress=progress, more=then * max(ks))  # fmt: skip
             for (k, bag), feature in itertools.product(embedded.items(), networks):
                 _recent[place(scale, feature, k)] = (bag[:, :dim] if feature == "h" else bag[:, dim:]).contiguous()
     def side_by_side(feature: str, k: int) -> Tensor:

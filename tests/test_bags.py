@@ -11,6 +11,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from bagssl import bags, patches
+from bagssl.augmentation import Augmentation
+from bagssl.colours import apply_colour, draw_colour
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError
 
@@ -87,6 +89,26 @@ def test_a_linear_encoder_embeds_the_bag_as_it_embeds_the_mean_patch():
     with torch.no_grad():
         assert close(ours, LINEAR(mean))
         assert not close(bags.embed_bags(ENCODER, PIXELS, [8], **OPTIONS)[8], ENCODER(mean), 1e-3)
+
+
+COLOURS = Augmentation((0.25, 0.25), (1.0, 1.0), 8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8,
+                       grey=0.2, solarise=0.3)  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 1000])
+def test_patches_are_coloured_as_in_training_if_that_is_asked_for(batch):
+    """The plain way: each patch drawn, cut and coloured in its turn. The centre crop, and what is not asked, is not."""
+    generator, cut = torch.Generator().manual_seed(0), []
+    for patch in boxes(8):
+        cut.append(apply_colour(patches.crop(PIXELS, patch, 8), draw_colour(6, COLOURS, generator)))
+    with torch.no_grad():
+        each = torch.stack([ENCODER(patch) for patch in cut])
+    ours = bags.embed_bags(ENCODER, PIXELS, [0, 3, 8], **OPTIONS, colour=COLOURS, batch=batch)
+    plain = bags.embed_bags(ENCODER, PIXELS, [0, 3, 8], **OPTIONS)
+    assert all(close(ours[k], each[:k].mean(0)) and not close(ours[k], plain[k], 1e-2) for k in (3, 8))
+    assert close(ours[0], plain[0])
+    none = Augmentation((0.25, 0.25), (1.0, 1.0), 8)
+    assert close(bags.embed_bags(ENCODER, PIXELS, [8], **OPTIONS, colour=none)[8], plain[8])
 
 
 def test_k_0_is_the_whole_image_once():

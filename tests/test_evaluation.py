@@ -45,6 +45,15 @@ def test_h_and_z_come_from_one_pass_over_the_patches(measure):
     assert any(h["h", k, "linear"] != z["z", k, "linear"] for k in (0, 1, 4))
 
 
+def test_coloured_patches_are_measured_apart_from_plain_ones(measure):
+    (plain, _), (coloured, passes), (again, none) = (measure(["h"], ks=(0, 4), colour=colour)
+                                                     for colour in (False, True, True))  # fmt: skip
+    assert passes and not none and again == coloured
+    assert coloured["h", 4, "linear"] != plain["h", 4, "linear"]
+    assert coloured["h", 0, "linear"] == plain["h", 0, "linear"]  # the centre crop has no colour
+    assert measure(["h"], ks=(0, 4)) == (plain, 0)
+
+
 def test_the_whole_image_is_embedded_once_for_all_scales(measure):
     (_, one), (_, three) = measure(["h"], ks=(0, 1), scale=0.25), measure(["h"], ks=(0, 1), scale=[0.25, 0.5, 0.9])
     looked = 2 * 2 * 4  # crops of both splits by which the network is compared with its folded copy

@@ -41,7 +41,7 @@ def test_every_notebook_of_the_list_is_here_and_no_other():
     entries = yaml.safe_load((FOLDER / "experiments.yaml").read_text())
     entries.pop("order-of-worth")
     assert {path.name for path in PATHS} == {entry["notebook"] for entry in entries.values()}
-    assert [path.name[:2] for path in PATHS] == [f"{number:02d}" for number in range(12)]
+    assert [path.name[:2] for path in PATHS] == [f"{number:02d}" for number in range(13)]
 
 
 def test_prose_holds_no_typed_figure(notebook):

@@ -37,6 +37,7 @@ ASKED = {  # the least that each notebook does on the dataset "few"
     "09": {"lengths": [1.0], "changes_length": 1.0, "crops_per_step": 8, "bag": 2, "probe_images": 0},
     "10": {"patch_sizes": [8, 12], "patch_size": 8, "baseline_size": 12, "ks": [1, 4]},
     "11": {"ends": [1.0, 2.0], "images": 12, "count": 2, "shift": 1, "k": 4, "probe_images": 0, "train_images": 0},
+    "12": {"bag": 2, "probe_images": 0, "train_images": 0, "changes": {"3 views": {"views": 3}}},
 }  # fmt: skip
 OWN = {"00": {"epochs", "views", "batch_size"}, "01": {"epochs", "views", "batch_size"},
        "08": {"epochs", "views", "batch_size"}, "09": {"epochs", "batch_size"}}  # fmt: skip
@@ -114,6 +115,12 @@ REFUSED = [  # notebook, what is asked, and what the refusal names
     ("09", {"changes": {"a": 3}}, "changes"),
     ("11", {"ends": []}, "ends"), ("11", {"ends": [0.0, 1.0]}, "ends"), ("11", {"ends": [0.01, 2.0]}, "ends.*until"),
     ("11", {"k": 1}, "k = 1"), ("11", {"bag": 0}, "bag = 0"), ("11", {"images": 31}, "images"),
+    ("12", {"changes": {"a": {}}}, "changes: a"), ("12", {"changes": {"a": 3}}, "changes: a"),
+    ("12", {"changes": {"a": {"flip": 0.5}}}, "a differs in nothing"),
+    ("12", {"asked": {"b": {"k": 2}}}, "b differs in nothing"),
+    ("12", {"asked": {"b": {"ks": 4}}}, "ks"), ("12", {"changes": {"a": {"vieuws": 4}}}, "vieuws"),
+    ("12", {"asked": {"b": {"scale": 2.0}}}, "scale in asked"), ("12", {"probe_images": 41}, "probe_images"),
+    ("12", {"changes": {"a": {"patch_scale": 0.01}}, "dataset": "specks"}, "changes.*patch_scale"),
     ("11", {"probe_images": 41}, "probe_images"), ("11", {"shift": 9}, "shift"), ("11", {"count": 1}, "count"),
     ("09", {"changes": {"a": {"epochs": 3}}}, "changes"), ("09", {"dataset": "one"}, "dataset"),
 ]  # fmt: skip
