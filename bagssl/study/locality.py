@@ -62,9 +62,9 @@ def features(encoder: nn.Module, projector: nn.Module | None, pixels: Tensor, bo
              **options) -> dict[str, Tensor]:
     """{"h": embeddings [K, N, dim], "z": projections [K, N, D]} of boxes [K, N, 4], on the CPU; no z of no projector.
 
-    The rest as in `bags.patch_embeddings`, with progress; the projector works where it lies.
+    The rest as in `bags.patch_embeddings`; the projector works where it lies.
     """
-    h = bags.patch_embeddings(encoder, pixels, boxes, size, **{"progress": True, **options})
+    h = bags.patch_embeddings(encoder, pixels, boxes, size, **options)
     if projector is None:
         return {"h": h}
     device = next((parameter.device for parameter in projector.parameters()), "cpu")
@@ -330,8 +330,10 @@ def measures(encoder: nn.Module, projector: nn.Module | None, pixels: Tensor, la
 
     Names: "position R2" (of patches alone), those of `neighbours`, each also with " by chance", and those of
     `changes` with " sensitivity" and " sensitivity, whitened". A bag is the mean over the `count` patches; for
-    neighbours, where each needs another of its image, over each half of them. The rest as in `bags.embed_bags`.
+    neighbours, where each needs another of its image, over each half of them. The rest as in `bags.embed_bags`, but
+    that progress is shown.
     """
+    options = {"progress": True, **options}
     boxes = patches.evaluation_boxes(count, len(pixels), *pixels.shape[2:], scale, Generator().manual_seed(seed))
     inner = inner_boxes(count, pixels, scale, shifts, seed)
     found, before = (features(encoder, projector, pixels, each, size, **options) for each in (boxes, inner))
