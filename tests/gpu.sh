@@ -24,6 +24,7 @@ at_most() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
 
 mkdir -p "$packs"
 runs=${BAGSSL_RUNS:-${BAGSSL_RESULTS:-results}/runs}
+export BAGSSL_RECORD=${BAGSSL_RECORD-}  # what a record has without weights is trained here: that is what the box is for
 if compgen -G "$packs/*.bagssl" >/dev/null; then
     "$python" -m bagssl.cli runs import "$packs" || exit
     cp "$packs/whole.json" "$runs/" 2>/dev/null  # which entries are done
