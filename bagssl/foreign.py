@@ -4,7 +4,6 @@ A library's network comes with the library's weights; a file's weights are fitte
 names. What the network takes (mean and deviation, size) belongs to it: it is asked with patches in [0, 1], and gives h.
 """
 
-import contextlib
 import hashlib
 import json
 import re
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from bagssl import architectures, checkpoints, hub, runs
 from bagssl.architectures import PatchEncoder, embedding_dim
 from bagssl.errors import InputError
-from bagssl.overview import choose
+from bagssl.overview import named, the_one
 from bagssl.paths import file_hash, runs_root
 from bagssl.records import FOREIGN, adopt, stored
 from bagssl.runs import Run
@@ -153,21 +152,16 @@ def _run(source: str) -> Run:
     """The finished run of a folder or of the hub, or the one whose name or key begins so."""
     if source.startswith(HUB):
         return hub.pull(source.removeprefix(HUB))
-    folder, chosen = located(source), []
+    folder, found = located(source), []
     if (folder / "config.json").exists():
-        chosen = [stored(Run(folder))]
+        found = [stored(Run(folder))]
     elif source:
-        with contextlib.suppress(InputError):
-            chosen = choose([source])
-    if not chosen:
+        found = named(source)
+    if not found:
         raise InputError(f"{source!r} is no encoder: give torchvision:NAME, timm:NAME, a file ({', '.join(SUFFIXES)}) "
                          "with arch=, hub:OWNER/NAME, or a run by its key, name or folder (bagssl runs list)"
                          )  # fmt: skip
-    if len(chosen) > 1:
-        raise InputError(f"{len(chosen)} runs begin with {source!r}: write more of {chosen[0].path.name}")
-    if not chosen[0].finished:
-        raise InputError(f"{chosen[0].path} is not finished: train it to its end")
-    return chosen[0]
+    return the_one(found, source)
 
 
 def _classifier(left: Mapping[str, Tensor]) -> nn.Linear | None:

@@ -19,7 +19,7 @@ from bagssl import records, runs
 from bagssl.cards import CARD, card
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError
-from bagssl.overview import choose
+from bagssl.overview import choose, the_one
 from bagssl.paths import copy_folder, runs_root
 from bagssl.runs import HALF, WEIGHTS, Run
 
@@ -33,7 +33,10 @@ def push(name: str, repo: str, *, private: bool = False, folder: Path | str | No
     Raises InputError for a name that no one run has, a run without weights, a folder that is not empty, or what the
     hub refuses.
     """
-    run = _one(name)
+    run = the_one(choose([name]), name)
+    records.check(run)
+    if not run.has_weights:
+        raise InputError(f"{run.path} has no weights to publish")
     if folder is not None:
         if (target := Path(folder)).exists() and any(target.iterdir()):
             raise InputError(f"{target} is not empty: name another folder")
@@ -73,18 +76,6 @@ def pull(repo: str, revision: str | None = None) -> Run:
             if not Run(path).finished:
                 records.take(found.path, path)
     return Run(path)
-
-
-def _one(name: str) -> Run:
-    found = choose([name])
-    if len(found) > 1:
-        raise InputError(f"{len(found)} runs begin with {name!r}: write more of {found[0].path.name}")
-    if not found[0].finished:
-        raise InputError(f"{found[0].path} is not finished: train it to its end")
-    records.check(found[0])
-    if not found[0].has_weights:
-        raise InputError(f"{found[0].path} has no weights to publish")
-    return found[0]
 
 
 def _write(run: Run, repo: str, folder: Path) -> None:

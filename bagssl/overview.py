@@ -13,20 +13,37 @@ from bagssl.runs import WEIGHTS, Run, known, list_runs, machine
 
 
 def choose(names: Sequence[str], root: Path | None = None) -> list[Run]:
-    """The runs of the store whose names or keys begin with one of `names`; none given: all that are finished.
+    """The runs whose names or keys begin with one of `names`, as by `named`; none given: all that are finished.
 
-    What only the record has, and a name asks for, is copied into the store. Raises InputError for a name that no run
-    has.
+    Raises InputError for a name that no run has.
     """
-    def called(run: Run, name: str) -> bool:
+    if not names:
+        return [run for run in list_runs(root) if run.finished]
+    found = {name: named(name, root) for name in names}
+    if unknown := [name for name, own in found.items() if not own]:
+        raise InputError(f"no run is called {unknown[0]}, nor has such a key: `bagssl runs list` shows them")
+    return sorted({run for own in found.values() for run in own}, key=lambda run: run.path.name)
+
+
+def named(name: str, root: Path | None = None) -> list[Run]:
+    """The runs of the store whose name or key begins so; or else those of the record, which are copied into the store.
+
+    Raises InputError where what the record has is damaged.
+    """
+    def called(run: Run) -> bool:
         return run.path.name.startswith(name) or run.key.startswith(name)
 
-    everything = list_runs(root)
-    wanted = [name for name in names if not any(called(run, name) for run in everything)]
-    everything += [records.stored(run) for run in records.only_there(root) if any(called(run, each) for each in wanted)]
-    if unknown := [name for name in names if not any(called(run, name) for run in everything)]:
-        raise InputError(f"no run is called {unknown[0]}, nor has such a key: `bagssl runs list` shows them")
-    return [run for run in everything if any(called(run, name) for name in names) or not names and run.finished]
+    return [run for run in list_runs(root) if called(run)] or [
+        records.stored(run) for run in records.only_there(root) if called(run)]
+
+
+def the_one(found: Sequence[Run], name: str) -> Run:
+    """The finished run that a name, by which one or more were found, means; InputError for several, or another."""
+    if len(found) > 1:
+        raise InputError(f"{len(found)} runs begin with {name!r}: write more of {found[0].path.name}")
+    if not found[0].finished:
+        raise InputError(f"{found[0].path} is not finished: train it to its end")
+    return found[0]
 
 
 def rows() -> list[tuple[str, ...]]:

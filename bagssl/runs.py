@@ -39,14 +39,12 @@ from safetensors.torch import load, save
 
 from bagssl.errors import InputError, Stopped, shortage
 from bagssl.locks import guarding, lock_at
-from bagssl.paths import cores, home, runs_root, write_atomically
+from bagssl.paths import HALF, MARK, WEIGHTS, cores, home, runs_root, write_atomically
 from bagssl.progress import notice
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
 RECIPE = 1
-MARK = "metrics.json"  # of a finished run
 RECORD = ("history.csv", "provenance.json")  # what `finish` writes after the weights and before the mark
-WEIGHTS, HALF = "weights.safetensors", "weights-fp16.safetensors"  # as trained; rounded
 _AGAIN = "delete the folder to train the run again"
 
 

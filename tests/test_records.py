@@ -237,3 +237,10 @@ def test_a_model_that_was_trained_anew_takes_the_place_of_the_former(record, ima
     (again / MARK).write_text(json.dumps({**metrics, "weights_sha256": "another"}))
     merge_models(tmp_path / "second/runs", target)
     assert not (target / name / "evaluations").exists() and not (target / name / WEIGHTS).exists()
+
+
+def test_damage_of_a_model_that_is_asked_for_by_name_is_named(record):
+    path = of(record, "patch-based").path / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        bagssl.load(path.parent.name)

@@ -10,7 +10,7 @@ import functools
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
 from html import unescape
@@ -129,17 +129,12 @@ def _experiment(folder: Path) -> dict[str, Any]:
              for name, value in provenance.items()]  # fmt: skip
     files = {suffix: f"{folder.name}/{folder.name}.{suffix}" for suffix in ("html", "ipynb")
              if (folder / f"{folder.name}.{suffix}").exists()}
-    others = [each["name"] for each in map(read_json, _others(folder, provenance))]
+    others = [read_json(model / FOREIGN)["name"] for model in claims.models(folder, provenance)
+              if (model / FOREIGN).exists() and "-untrained-seed" not in model.name]  # not their random controls
     return {"name": folder.name, "dataset": dataset, "subject": ", ".join([dataset or "synthetic", *others]),
             "notebook": str(provenance.get("notebook", "")), "files": files,
             "provenance": lines, "hardware": claims.hardware(folder), "figures": images, "tables": tables,
             "title": story["title"] or folder.name, "claim": _inline(story["claim"]), "says": _html(story["says"])}
-
-
-def _others(folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
-    """The records of the encoders that others trained among an experiment's models, but for their random controls."""
-    runs = [*folder.glob("runs/*"), *(folder.with_name("runs") / name for name in provenance.get("runs") or ())]
-    return [run / FOREIGN for run in runs if (run / FOREIGN).exists() and "-untrained-seed" not in run.name]
 
 
 def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from bagssl import catalogue, words
 from bagssl.batch.experiments import Experiment
 from bagssl.errors import InputError, nearest
 from bagssl.parameters import conform, notebook_cells, notebook_parameters
-from bagssl.paths import copy_folder, file_hash, results_root
+from bagssl.paths import HALF, MARK, WEIGHTS, copy_folder, file_hash, results_root
 
-MARK, WEIGHTS, HALF = "metrics.json", "weights.safetensors", "weights-fp16.safetensors"  # of runs.py, without torch
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DECIDE_NOTHING = frozenset({"bench", "cli.py", "commands.py", "hub.py", "batch"})  # in a notebook
 

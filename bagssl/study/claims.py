@@ -332,12 +332,16 @@ def experiment_folders(results: Path, profile: str) -> list[Path]:
     return [path.parent for path in found if not path.parent.name.startswith(".")]
 
 
+def models(folder: Path, record: Mapping[str, Any]) -> list[Path]:
+    """The folders of an experiment's models: beside its results, or named by its provenance among its profile's."""
+    return [*folder.glob("runs/*"), *(folder.with_name("runs") / name for name in record.get("runs") or ())]
+
+
 def hardware(folder: Path) -> str:
     """What an experiment ran on, as `runs.machine` names it, and where else its models were trained."""
     record = read_json(folder / "provenance.json")
     here, elsewhere = machine(record.get("hardware") or {}), set()
-    kept = [*folder.glob("runs/*"), *(folder.with_name("runs") / name for name in record.get("runs") or ())]
-    for path in (run / "provenance.json" for run in kept):
+    for path in (model / "provenance.json" for model in models(folder, record)):
         with contextlib.suppress(InputError):
             elsewhere.add(machine(read_json(path).get("hardware") or {}))
     names = ", ".join(sorted(elsewhere - {here, machine({})}))
