@@ -39,7 +39,7 @@ TOP5_FROM = 100  # classes: with fewer, five answers say little
 PROTOCOL = 1  # raised when the meaning of an evaluation changes
 RECENT = 2**31  # bytes of bags that a process remembers: several evaluations look at the same ones
 LARGE, SAMPLE = 10_000, 10  # training images from which a probe takes long, and what share of them tells how long
-WORK = "evaluation; the next call measures again"  # of several processes
+WORK = "evaluation; the next call goes on after what was measured"  # of several processes
 _recent: dict[tuple, Tensor] = {}  # (what was embedded, and how), feature and K -> bags
 Bags = dict[str, dict[int, Tensor]]  # feature -> K -> [images, dim]
 

@@ -459,9 +459,10 @@ def test_an_evaluation_that_is_ended_ends_all_and_keeps_what_was_measured(root, 
         _, said = process.communicate(timeout=60)
         assert time.monotonic() - begun < 30
     (line,) = ours(said)
-    wanted = {"killed": "another process of it has ended; the next call goes on", "interrupted": "interrupted, or",
-              "hanging": "of this evaluation has not answered for 4 s"}  # fmt: skip
-    assert wanted[end] in line and len(list(measured.glob("*.json"))) == 1
+    # whichever reaches the other process first: the transport's end, or the launcher's SIGTERM
+    wanted = {"killed": "another process of (it|this evaluation) has ended; the next call goes on after what",
+              "interrupted": "interrupted, or", "hanging": "of this evaluation has not answered for 4 s"}  # fmt: skip
+    assert re.search(wanted[end], line) and len(list(measured.glob("*.json"))) == 1
     assert process.returncode == 130 if end == "interrupted" else process.returncode
 
 

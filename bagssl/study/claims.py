@@ -14,6 +14,7 @@ kept, and decide nothing.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,18 @@ def former(claim: str, evidence: pd.DataFrame) -> str:
         state = _judged(own, rules, lambda rows: rows["measure"].notna()).iloc[0]["state"]
         found.setdefault(state, []).extend([] if np.isnan(scale) else [f"{scale:g}"])
     return "; ".join(f"{state} at {', '.join(scales)}" if scales else state for state, scales in found.items())
+
+
+def story(verdicts: Mapping[int, str], unit: str = "crops") -> str:
+    """Verdicts along something that grows, in words: `is undecided at 0, then holds from 100 to 3,000 crops`."""
+    said = {UNDECIDED: "is undecided"}
+    parts = [(word, list(at)) for word, at in itertools.groupby(sorted(verdicts), key=verdicts.__getitem__)]
+    if len(parts) == 1:
+        said = {FAILS: "holds at none", HOLDS: "holds at each", UNDECIDED: "is undecided at each"}
+        ((word, at),) = parts
+        return f"{said[word]} of {len(at)} points from {at[0]:,} to {at[-1]:,} {unit}"
+    return ", then ".join(f"{said.get(word, word)} from {at[0]:,} to {at[-1]:,}" if len(at) > 1 else
+                          f"{said.get(word, word)} at {at[0]:,}" for word, at in parts) + f" {unit}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

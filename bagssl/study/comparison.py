@@ -48,6 +48,25 @@ def arms(objectives: Sequence[str], seeds: Sequence[int], recipe: Mapping[str, A
     return [PretrainConfig.from_dict({**recipe, **change}) for change in changes]
 
 
+def varied(objective: str, seeds: Sequence[int], recipe: Mapping[str, Any],
+           overrides: Mapping[str, Mapping[str, Any]], settings: Any, *, crops_per_step: int,
+           epochs: float) -> list[PretrainConfig]:  # fmt: skip
+    """As `arms` of one training, by default patch-based, with other settings than the recipe's, on as many crops.
+
+    epochs: with the views of the recipe; where views differ, images of a step and epochs are such that as many crops
+    come in as many steps, but for rounding. Raises InputError for settings that are no mapping, or set one of these.
+    """
+    if not isinstance(settings, Mapping):
+        raise InputError(f"{settings!r} must be a mapping of settings to values")
+    if wrong := sorted({"dataset", "objective", "seed", "epochs", "batch_size"} & settings.keys()):
+        raise InputError(f"{', '.join(wrong)} is set by the notebook itself")
+    each = {**recipe, **settings}
+    training = [each.pop("training", "patch-based")]
+    views = arms([objective], seeds, each, overrides, training)[0].views  # an override may have set them
+    length = {"batch_size": max(2, round(crops_per_step / views)), "epochs": epochs * recipe["views"] / views}
+    return arms([objective], seeds, {**each, **length}, overrides, training)
+
+
 def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any) -> list[Run]:
     """The finished run of each configuration; what the store holds is not trained again. options: of `pretrain`.
 

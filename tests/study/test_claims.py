@@ -280,6 +280,20 @@ def test_an_encoder_that_others_trained_has_rows_of_its_own(tmp_path):
     assert "vicreg-others" in (tmp_path / "smoke/claims.md").read_text()
 
 
+@pytest.mark.parametrize(("verdicts", "words"), [
+    ([claims.FAILS] * 3, "holds at none of 3 points from 0 to 2,000 crops"),
+    ([claims.HOLDS] * 3, "holds at each of 3 points from 0 to 2,000 crops"),
+    ([claims.UNDECIDED] * 3, "is undecided at each of 3 points from 0 to 2,000 crops"),
+    ([claims.FAILS, claims.UNDECIDED, claims.UNDECIDED],
+     "does not hold at 0, then is undecided from 1,000 to 2,000 crops"),
+    ([claims.FAILS, claims.HOLDS, claims.FAILS],
+     "does not hold at 0, then holds at 1,000, then does not hold at 2,000 crops"),
+])  # fmt: skip
+def test_verdicts_along_a_training_are_told_in_their_order(verdicts, words):
+    along = dict(zip((0, 1000, 2000), verdicts, strict=True))
+    assert claims.story(along) == claims.story(dict(reversed(along.items()))) == words
+
+
 def test_the_ledger_says_where_the_models_were_trained(tmp_path):
     folder = experiment(tmp_path, "one", {"C4": evidence("C4", "cifar10")})
     machines = {"a": {"processor": "Abacus", "cores": 2}, "b": {"gpu": "Engine"}, "c": {"gpu": "Engine"}}

@@ -47,6 +47,29 @@ def test_arms_of_an_objective_differ_in_their_crops_and_seed_alone():
     assert tcr == [arm for arm in arms if arm.objective == "tcr"]
 
 
+def test_a_varied_recipe_differs_in_what_is_said_and_sees_as_many_crops():
+    recipe = {name: value for name, value in RECIPE.items() if name not in ("batch_size", "epochs")} | {"views": 4}
+    how = {"crops_per_step": 128, "epochs": 2.0}
+
+    def varied(settings, **overrides):
+        return comparison.varied("tcr", [0], recipe, overrides, settings, **how)[0]
+
+    plain = varied({})
+    assert (plain.training, plain.views, plain.batch_size, plain.epochs) == ("patch-based", 4, 32, 2)
+    changed = {"views": (8, 16, 1.0), "projector_dim": (4, 32, 2.0)}
+    for name, expected in changed.items():
+        other = varied({name: 8 if name == "views" else 16})
+        assert (other.views, other.batch_size, other.epochs) == expected
+        assert {key for key, value in other.to_dict().items() if value != plain.to_dict()[key]} <= {
+            name, "batch_size", "epochs"}
+        assert other.steps(1600) * other.crops_per_step == plain.steps(1600) * plain.crops_per_step
+    assert varied({"training": "multi-scale"}).training == "multi-scale"
+    assert varied({}, tcr={"views": 16}).batch_size == 8
+    for wrong in (3, {"epochs": 3}, {"batch_size": 8}, {"seed": 1}):
+        with pytest.raises(InputError, match="mapping|set by the notebook"):
+            varied(wrong)
+
+
 def test_a_setting_that_does_not_exist_is_refused():
     with pytest.raises(InputError, match="unknown setting 'vieuws'"):
         comparison.arms(["tcr"], [0], {**RECIPE, "vieuws": 3}, {})
