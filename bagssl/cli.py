@@ -127,7 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--rate", type=amount, metavar="CROPS_PER_SECOND", help="of training, where you know it")
     options.add_argument("--price", type=amount, metavar="EUR", help="of an hour of a GPU, or of the machine")
 
-    command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
+    options = command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
+    options.add_argument("--readme", action="store_true", help="what README.md and results/README.md cite as well")
 
     options = command("data", None, "List, fetch, add and check datasets.")
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)

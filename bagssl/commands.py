@@ -222,6 +222,13 @@ def report(arguments: argparse.Namespace) -> None:
     from bagssl.batch.report import write_report
 
     print(os.path.relpath(write_report()))
+    if arguments.readme:
+        from bagssl.batch.cited import TEXTS, refresh
+        from bagssl.paths import home
+
+        for text in TEXTS:
+            for line in refresh(home() / text):
+                print(line)
 
 
 def bench(arguments: argparse.Namespace) -> None:

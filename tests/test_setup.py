@@ -11,7 +11,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -19,7 +18,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from bagssl import data
-from bagssl.study import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "bagssl").rglob("*.py"))
@@ -223,18 +221,3 @@ def test_the_data_readme_states_the_checksums_that_are_true():
         assert f"| `synthetic` | {split} | `{fingerprint}` |" in readme
     for kind in (CIFAR10, CIFAR100):
         assert f"| `{kind.filename}` | `{kind.tgz_md5}` |" in readme
-
-
-def test_the_readme_shows_the_tables_of_the_record():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"<!-- (\S+) -->\n(.*?\n)\n", readme, flags=re.DOTALL)
-    assert shown
-    for path, table in shown:
-        columns = [name.strip() for name in table.splitlines()[0].strip("|").split("|")]
-        true = (ROOT / path).read_text(encoding="utf-8")
-        if path.endswith(".csv"):  # some columns of it
-            true = figures.markdown(pd.read_csv(ROOT / path, keep_default_na=False)[columns].replace("", figures.DASH))
-        same = table == true or path.startswith("results/bench/") and set(table.splitlines()) < set(true.splitlines())
-        assert same, f"README.md shows another table than {path}; it should be\n{true}"
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
-        assert (ROOT / path).exists(), f"README.md names {path}, which is not there"
