@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from bagssl.errors import InputError
+from bagssl.objectives import OBJECTIVES
 from bagssl.runs import Run, known, machine, read_json
 
 CARD = "README.md"
@@ -90,7 +91,9 @@ def _recipe(config: dict[str, Any]) -> str:
              else f"random resized crops of at least {config['min_scale']:g} of the area")  # fmt: skip
     options = "".join(f", {name} {value:g}" for name, value in config["options"].items())
     ends = f", ended after {config['until']:g}" if config.get("until") else ""
-    return (f"{config['objective']}{options} on {config['views']} {crops}, {config['batch_size']} images a step, "
+    reference = getattr(OBJECTIVES.get(config["objective"]), "reference", "")
+    objective = config["objective"] + f" ({reference})" * bool(reference)
+    return (f"{objective}{options} on {config['views']} {crops}, {config['batch_size']} images a step, "
             f"{config['epochs']:g} epochs{ends}; {config['optimiser']} at {config['learning_rate']:g}")  # fmt: skip
 
 

@@ -18,14 +18,16 @@ Terms = dict[str, Tensor]
 
 
 class Objective:
-    """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z as well.
+    """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z as well;
+    reference: where it was proposed, a key of notebooks/references.bib.
 
     It is computed in float32 at least, whatever the precision of z: bf16 Gram matrices break the log-determinant.
     """
 
-    def __init__(self, function: Callable[..., Terms], needs_target: bool = False, **options: float):
+    def __init__(self, function: Callable[..., Terms], reference: str = "", needs_target: bool = False,
+                 **options: float):  # fmt: skip
         functools.update_wrapper(self, function)
-        self.function, self.needs_target, self.options = function, needs_target, options
+        self.function, self.reference, self.needs_target, self.options = function, reference, needs_target, options
 
     def __call__(self, *z: Tensor, **options: float) -> Terms:
         return self.function(*map(_at_least_float32, z), **{**self.options, **options})
@@ -34,10 +36,11 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def objective(needs_target: bool = False, **options: float) -> Callable[[Callable[..., Terms]], Objective]:
+def objective(reference: str = "", needs_target: bool = False,
+              **options: float) -> Callable[[Callable[..., Terms]], Objective]:  # fmt: skip
     """Put the decorated function into OBJECTIVES, by its name, with what it declares: see `Objective`."""
     def known(function: Callable[..., Terms]) -> Objective:
-        OBJECTIVES[function.__name__] = Objective(function, needs_target, **options)
+        OBJECTIVES[function.__name__] = Objective(function, reference, needs_target, **options)
         return OBJECTIVES[function.__name__]
 
     return known
@@ -57,7 +60,7 @@ def coding_rate(z: Tensor, epsilon2: float = 0.2) -> Tensor:
     return torch.linalg.cholesky_ex(gram).L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-@objective(invariance=200.0, epsilon2=0.2)
+@objective("li2022manifold", invariance=200.0, epsilon2=0.2)
 def tcr(z: Tensor, invariance: float, epsilon2: float) -> Terms:
     """Total coding rate with cosine invariance: -invariance * mean cos(z_i, mean z) - mean over views of R(Z_v).
 
@@ -70,7 +73,7 @@ def tcr(z: Tensor, invariance: float, epsilon2: float) -> Terms:
     return {"loss": -invariance * similarity - rate, "similarity": similarity, "coding_rate": rate}
 
 
-@objective(temperature=0.5)
+@objective("chen2020simclr", temperature=0.5)
 def simclr(z: Tensor, temperature: float) -> Terms:
     """NT-Xent (Chen et al. 2020, eq. 1) of z [views, batch, dim], averaged over the pairs of views.
 
@@ -90,7 +93,7 @@ def simclr(z: Tensor, temperature: float) -> Terms:
     return {"loss": uniformity - alignment, "alignment": alignment * temperature, "uniformity": uniformity}
 
 
-@objective(invariance=25.0, variance=25.0, covariance=1.0)
+@objective("bardes2022vicreg", invariance=25.0, variance=25.0, covariance=1.0)
 def vicreg(z: Tensor, invariance: float, variance: float, covariance: float) -> Terms:
     """VICReg (Bardes et al. 2022, eq. 1-6) of z [views, batch, dim], averaged over the pairs of views.
 
@@ -110,7 +113,7 @@ def vicreg(z: Tensor, invariance: float, variance: float, covariance: float) -> 
     return {"loss": loss, "invariance": distance, "variance": hinge, "covariance": redundancy}
 
 
-@objective(redundancy=5e-3)
+@objective("zbontar2021barlow", redundancy=5e-3)
 def barlow(z: Tensor, redundancy: float) -> Terms:
     """Barlow Twins (Zbontar et al. 2021, eq. 1) of z [views, batch, dim], averaged over the pairs of views.
 
@@ -128,7 +131,7 @@ def barlow(z: Tensor, redundancy: float) -> Terms:
     return {"loss": loss, "on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
 
 
-@objective(needs_target=True)
+@objective("grill2020byol", needs_target=True)
 def byol(z: Tensor, target: Tensor) -> Terms:
     """BYOL (Grill et al. 2020, eq. 2): mean over ordered pairs of views a != b of 2 - 2 cos(z_a, target_b).
 
@@ -143,7 +146,7 @@ def byol(z: Tensor, target: Tensor) -> Terms:
     return {"loss": 2 - 2 * similarity, "similarity": similarity}
 
 
-@objective(needs_target=True, temperature=0.2)
+@objective("chen2021mocov3", needs_target=True, temperature=0.2)
 def moco(z: Tensor, target: Tensor, temperature: float) -> Terms:
     """MoCo v3 (Chen et al. 2021, eq. 1): mean over ordered pairs of views a != b of InfoNCE of z_a against target_b.
 
@@ -160,7 +163,7 @@ def moco(z: Tensor, target: Tensor, temperature: float) -> Terms:
     return {"loss": uniformity - alignment, "alignment": alignment * temperature, "uniformity": uniformity}
 
 
-@objective()
+@objective("haochen2021spectral")
 def spectral(z: Tensor) -> Terms:
     """Spectral contrastive loss (HaoChen et al. 2021) of z [views, batch, dim], which is not normalised.
 

@@ -253,14 +253,15 @@ def _tagged(notebook: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 
 class _Words(_Formulas, mistune.HTMLRenderer):
-    """Markdown to HTML that a template may trust: raw HTML is text, but for the bare spans of `names.cell`; pictures,
-    which would be loaded, and links that lead from the notebook, not from this page, are their words."""
+    """Markdown to HTML that a template may trust: raw HTML is text, but for citations and the bare spans of
+    `names.cell`; pictures, which would be loaded, and links that lead from the notebook, not from this page, are their
+    words."""
 
     def text(self, text: str) -> str:
         return mistune.escape(unescape(text))  # of `&#36;` the dollar, as in every other reader
 
     def inline_html(self, html: str) -> str:
-        return html if html in ("<span>", "</span>") else super().inline_html(html)
+        return html if re.fullmatch(r'</?span>|</cite>|<cite data-cite="\w+">', html) else super().inline_html(html)
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
         return super().link(text, url) if url.startswith("https://") else text
