@@ -221,3 +221,13 @@ def test_the_data_readme_states_the_checksums_that_are_true():
         assert f"| `synthetic` | {split} | `{fingerprint}` |" in readme
     for kind in (CIFAR10, CIFAR100):
         assert f"| `{kind.filename}` | `{kind.tgz_md5}` |" in readme
+
+
+def test_hooks_before_a_commit_use_the_versions_of_the_lock():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    pinned = {name: version for hook in hooks for each in hook["additional_dependencies"]
+              for name, version in [each.split("==")]}  # fmt: skip
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert f"\nruff=={pinned['ruff']} " in lock
+    for name, version in pinned.items():
+        assert f"\n{name}==" not in lock or f"\n{name}=={version} " in lock
