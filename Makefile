@@ -1,7 +1,9 @@
 # bagssl. Every target works on a fresh checkout: what is missing is set up first, into .venv.
 # Another interpreter for the set-up: make PYTHON=/path/to/python3
+# PyTorch in the lock's version from its own index, without CUDA's 3 GB: make TORCH=cpu (or another of uv's --torch-backend)
 
 PYTHON ?= python3
+TORCH ?=
 BIN := .venv/bin
 LOCK := requirements.lock
 READY := .venv/.ready
@@ -17,7 +19,7 @@ unexport MPLBACKEND VIRTUAL_ENV CONDA_PREFIX PYTHONHOME
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all test-lowest test-browser lab notebooks lint lock clean unsound
+.PHONY: help reproduce test test-all test-lowest test-browser lab notebooks docs lint lock clean unsound
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -65,6 +67,9 @@ lab: $(READY)  ## JupyterLab, opened at the tour; with options: make lab LAB=--n
 notebooks: $(READY)  ## execute the committed notebooks again (profile smoke) and normalise them
 	@$(BIN)/bagssl notebooks
 
+docs: $(READY)  ## pages of the code and the notebooks: build/docs/index.html
+	@$(BIN)/bagssl docs
+
 lint: $(READY)  ## ruff
 	@$(BIN)/ruff check --no-cache .
 
@@ -90,7 +95,7 @@ $(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
 		{ echo "bagssl: '$(PYTHON)' is not Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "bagssl: '$(PYTHON)' has no venv: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
-	@echo "bagssl: setting up .venv (about 3 GB to download the first time)"
+	@echo "bagssl: setting up .venv (about $(if $(filter cpu,$(TORCH)),0.5,3) GB to download the first time)"
 	@if [ -n "$(SOUND)" ]; then rm $(READY); else $(PYTHON) -m venv --clear .venv; fi
 	@awk '/^[^ ]/ {keep = /^(uv|setuptools)==/} keep' $(LOCK) > .venv/bootstrap.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
@@ -99,8 +104,12 @@ $(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
 	@plain=`mktemp -d` && ln -s "`pwd`/.venv" "$$plain/venv" && \
 		$(BIN)/uv pip install --python "$$plain/venv/bin/python" --quiet --require-hashes --no-deps \
 		--no-build-isolation --target "$$plain/built" -r .venv/built.txt && rm -rf "$$plain"
+	@awk '/^[^ ]/ {keep = "$(TORCH)" == "" || !/^(torch|torchvision|triton|nvidia-.*|cuda-.*)==/} keep' $(LOCK) \
+		> .venv/locked.txt
 	@$(BIN)/uv pip sync --python $(BIN)/python --quiet --require-hashes --no-build-isolation \
-		--compile-bytecode $(LOCK)
+		--compile-bytecode .venv/locked.txt
+	@[ -z "$(TORCH)" ] || $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode \
+		--torch-backend "$(TORCH)" `awk '/^(torch|torchvision)==/ {print $$1}' $(LOCK)`
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	@case "$$UV_CACHE_DIR" in */bagssl-uv-*) rm -rf "$$UV_CACHE_DIR";; esac
 	@pwd > $(READY)

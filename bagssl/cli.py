@@ -18,6 +18,7 @@ from bagssl.commands import (
     data_check,
     data_get,
     data_list,
+    docs,
     evaluate,
     list_experiments,
     notebooks,
@@ -129,6 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     options = command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
     options.add_argument("--readme", action="store_true", help="what README.md and results/README.md cite as well")
+
+    options = command("docs", docs, "Write the pages of the code and the notebooks, build/docs/index.html.")
+    options.add_argument("--to", metavar="FOLDER", help="another folder")
 
     options = command("data", None, "List, fetch, add and check datasets.")
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)

@@ -231,6 +231,12 @@ def report(arguments: argparse.Namespace) -> None:
                 print(line)
 
 
+def docs(arguments: argparse.Namespace) -> None:
+    from bagssl.batch.docs import write_docs
+
+    print(os.path.relpath(write_docs(arguments.to)))
+
+
 def bench(arguments: argparse.Namespace) -> None:
     from bagssl.bench import bench
 

@@ -134,7 +134,7 @@ def _experiment(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, "dataset": dataset, "subject": ", ".join([dataset or "synthetic", *others]),
             "notebook": str(provenance.get("notebook", "")), "files": files,
             "provenance": lines, "hardware": claims.hardware(folder), "figures": images, "tables": tables,
-            "title": story["title"] or folder.name, "claim": _inline(story["claim"]), "says": _html(story["says"])}
+            "title": story["title"] or folder.name, "claim": inline(story["claim"]), "says": _html(story["says"])}
 
 
 def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _about(path: Path, story: dict[str, Any], suffixes: tuple[str, ...]) -> dict
     files = {suffix: "/".join(each.parts[-3:]) for suffix, each in paths.items() if each.exists()}
     name, captions = f"{path.parent.name}/{path.stem}", [*story["captions"].items(), ("*", "")]
     place, caption = next((i, words) for i, (tag, words) in enumerate(captions) if fnmatchcase(name, tag))
-    return {"name": path.stem, "place": place, "caption": _inline(caption), "files": files}
+    return {"name": path.stem, "place": place, "caption": inline(caption), "files": files}
 
 
 def _embedded(path: Path) -> dict[str, Any]:
@@ -273,5 +273,6 @@ class _Words(_Formulas, mistune.HTMLRenderer):
 _html = mistune.create_markdown(renderer=_Words(escape=True), plugins=["table", "math"])
 
 
-def _inline(source: str) -> str:
+def inline(source: str) -> str:
+    """The HTML of a line of Markdown, which a template may trust."""
     return re.sub(r"</?p>", "", _html(source)).strip()

@@ -201,7 +201,7 @@ def test_title_captions_and_reading_come_from_the_tags_of_the_executed_notebook(
 
 
 def test_words_are_shown_and_pictures_from_elsewhere_are_not():
-    shown = report._inline("*a* [b](javascript:alert(1)) ![c](https://example.org/x.png) <b>d</b>")
+    shown = report.inline("*a* [b](javascript:alert(1)) ![c](https://example.org/x.png) <b>d</b>")
     assert "<em>a</em>" in shown and "javascript" not in shown and "example.org" not in shown and "&lt;b&gt;" in shown
 
 
