@@ -298,3 +298,59 @@ run = pretrain(config, load("synthetic", "train").take(torch.arange(0, 4000, 50)
         assert [text.strip() for text in shown if text.strip()] == [f"Stopped: {error.evalue}"]
         assert bar.count() == 0
         open_notebook(page, lab, "training.ipynb")
+
+
+# Of each text in an output its colour against what lies behind it, as WCAG 2 has contrast: below 4.5 it is faint.
+FAINT = """() => {
+    const light = value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4
+    const parts = colour => (colour.match(/[\\d.]+/g) ?? []).map(Number)
+    const luminance = ([r, g, b]) => 0.2126 * light(r / 255) + 0.7152 * light(g / 255) + 0.0722 * light(b / 255)
+    const behind = node => {
+        for (let at = node; at; at = at.parentElement) {
+            const [r, g, b, alpha = 1] = parts(getComputedStyle(at).backgroundColor)
+            if (alpha > 0.5 && r !== undefined) return [r, g, b]
+        }
+        return [255, 255, 255]
+    }
+    const texts = document.createTreeWalker(jupyterapp.shell.currentWidget.node, NodeFilter.SHOW_TEXT)
+    const found = []
+    while (texts.nextNode()) {
+        const node = texts.currentNode.parentElement
+        const shown = node.closest('.jp-OutputArea-output') && !node.closest('style, script') && node.checkVisibility()
+        if (!texts.currentNode.data.trim() || !shown) continue
+        const style = getComputedStyle(node)
+        const front = luminance(parts(node instanceof SVGElement ? style.fill : style.color))
+        const back = luminance(behind(node))
+        const contrast = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05)
+        found.push([contrast, texts.currentNode.data.trim().slice(0, 40)])
+    }
+    return {texts: found.length, faint: found.filter(([contrast]) => contrast < 4.5)}
+}"""
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_what_a_notebook_shows_is_legible_in_each_theme(page, lab, theme):
+    write_notebook(lab[0] / "theme.ipynb", """from pathlib import Path
+from bagssl import data, encoders
+from bagssl.config import PretrainConfig
+from bagssl.study import claims, comparison, explore, figures
+figures.style()
+train, test = (data.subset(data.load("synthetic", split), 60) for split in ("train", "test"))
+recipe = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "epochs": 3}
+runs = comparison.train_all(comparison.arms(["simclr"], [0], recipe, {}), train)
+runs[0]""", """measured = comparison.measure_all(runs, train, test, [0, 1, 4], scale=0.2)
+figures.Table(comparison.over_seeds(measured))""", """figures.accuracy_against_k(comparison.over_seeds(measured));""",
+                   """reading = comparison.gains(measured, [0, 1, 4], len(test))
+claims.write_evidence(Path("out"), "C2", comparison.evidence(reading, "synthetic"))""",
+                   """explore.growing_bags(encoders.build_encoder("resnet10", 8), train, test, [0], range(1, 6),
+                     scale=0.2, size=8)""")  # fmt: skip
+    open_notebook(page, lab, "theme.ipynb")
+    executed = run_all(page, lab, "theme.ipynb")
+    assert not [output for cell in executed.cells for output in cell.outputs if output.output_type == "error"]
+    page.evaluate(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+    page.wait_for_function(f"document.body.dataset.jpThemeName == '{theme}'")
+    keep_screenshot(page, theme.split()[1].lower())
+    found = page.evaluate(FAINT)
+    assert found["texts"] > 30 and found["faint"] == []
+    page.evaluate("document.querySelector('.jp-OutputArea-output td').style.color = 'rgb(120, 120, 120)'")
+    assert len(page.evaluate(FAINT)["faint"]) == 1  # what is faint is found
