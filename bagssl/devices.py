@@ -24,8 +24,17 @@ heed_quota()  # once: who imports this trains or embeds
 
 
 def pick_device(name: str) -> str:
-    """'auto' is CUDA where there is one, else the CPU."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """'auto' is what $BAGSSL_DEVICE says (cpu, cuda, mps), else CUDA where there is one, else the CPU.
+
+    Raises InputError for a device that is not here.
+    """
+    if name != "auto":
+        return name
+    asked = os.environ.get("BAGSSL_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_choice("BAGSSL_DEVICE", asked, ("cpu", "cuda", "mps"))
+    if asked != "cpu" and not (torch.cuda if asked == "cuda" else torch.backends.mps).is_available():
+        raise InputError(f"BAGSSL_DEVICE = {asked}: torch {torch.__version__} finds no such device here")
+    return asked
 
 
 def room(nbytes: int, device: torch.device) -> bool:
@@ -40,7 +49,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The type of the convolutions: 'auto' is bf16 where the hardware multiplies it, else fp32."""
     check_choice("precision", name, ("auto", "bf16", "fp32"))
     if name == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        native = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+                  device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())  # fmt: skip
         name = "bf16" if native else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 

@@ -10,7 +10,6 @@ who held it and only slept finds its files gone (`ours`) and stops before it wri
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import math
 import os
@@ -28,9 +27,17 @@ from filelock import StrictSoftFileClaim as Claim
 
 from bagssl.errors import InputError, check_choice
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 BEAT, LOOK, LOOKS = 15.0, 2.0, 60  # seconds, seconds, times: a dead holder is waited for for two minutes
 _HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # by another; whatever else `flock` answers: no locks here
 _SHORT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE}  # no answer to what it knows
+_BEYOND = 2**31 - 2
 _MOUNTS = Path("/proc/self/mountinfo")
 _claims: dict[int, Claim | None] = {}  # by disk: see `_own_claim`
 # file systems of one host; whatever is none of these may have others
@@ -46,7 +53,16 @@ def hold(stream: IO | int) -> bool | None:
     disk knows no locks.
     """
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is None:  # one byte where no file has any: what is locked there nobody else can read
+            handle = stream if isinstance(stream, int) else stream.fileno()
+            at = os.lseek(handle, 0, os.SEEK_CUR)
+            os.lseek(handle, _BEYOND, os.SEEK_SET)
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(handle, at, os.SEEK_SET)
+        else:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in _HELD else None
     return True

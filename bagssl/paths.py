@@ -26,6 +26,8 @@ MARK, WEIGHTS, HALF = "metrics.json", "weights.safetensors", "weights-fp16.safet
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _STALE = 86_400.0  # seconds: nobody downloads for a day, and few clocks are wrong by one
 _WRITER = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{8}\.tmp$")  # its host, at the end of a temporary file's name
+_WINDOWS = os.name == "nt"
+_NOT_INHERITED = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOINHERIT", 0) | getattr(os, "O_BINARY", 0)
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -146,13 +148,17 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
         if (lock := guarded.get(path.parent)) and not lock.ours():
             raise Stopped(f"{path.parent} was given to another process, as this one or its disk stood still: the next "
                           "call waits for that one, or goes on where it was")  # fmt: skip
+        if _WINDOWS:  # what is open cannot be renamed there
+            os.close(handle)
+            handle = None
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk does not name the file
         raise
     finally:
+        if handle is not None:
+            os.close(handle)
         temporary.unlink(missing_ok=True)
-        os.close(handle)
 
 
 def _new_file(path: Path) -> tuple[Path, int]:
@@ -160,7 +166,7 @@ def _new_file(path: Path) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f".{path.name}.{host()}-{secrets.token_hex(4)}.tmp")
         # its mode is what the reader's umask makes of it, from the beginning: some disks refuse to change one
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOT_INHERITED, 0o666)
         if hold(handle) is not False and temporary.exists():
             return temporary, handle
         os.close(handle)  # before we held it, a sweep took it for one that a dead writer had left

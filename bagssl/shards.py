@@ -205,6 +205,9 @@ def _write_all(shards: Sequence[Shard], name: str) -> None:
 @contextlib.contextmanager
 def _unheard(number: int) -> Iterator[None]:
     """A signal waits until the end, and for ever in processes that are started in between."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: a Ctrl-C goes to all
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield

@@ -16,7 +16,7 @@ def settle() -> None:
     try:
         getpass.getuser()
     except (KeyError, OSError):  # a number without an entry among the users; OSError from Python 3.13 on
-        os.environ["USER"] = f"user-{os.getuid()}"
+        os.environ["USER"] = f"user-{os.getuid()}" if hasattr(os, "getuid") else "user"
     home = os.path.expanduser("~")
     if home == "~" or not os.path.isdir(home) or not os.access(home, os.W_OK | os.X_OK):
         global _home

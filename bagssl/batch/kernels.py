@@ -140,8 +140,11 @@ class Kernels:
                 time.sleep(0.05)
         for process in [*(kernel for kernel in kernels if kernel.is_running()),
                         *(worker for worker in workers if worker in self.live)]:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # each leads a process group of its own
+            with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)  # each leads a process group of its own
+                else:
+                    process.kill()
 
 
 @contextlib.contextmanager

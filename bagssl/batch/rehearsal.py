@@ -82,7 +82,7 @@ class Rehearsal:
 
     def work(self, model: str, kind: str, encoder: str = "", size: int = 0) -> Work:
         """The work of that kind on that model: new, or what there is of it."""
-        if signal.getsignal(signal.SIGALRM) is _enough:
+        if hasattr(signal, "SIGALRM") and signal.getsignal(signal.SIGALRM) is _enough:
             signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         return self.works.setdefault((model, kind, size), Work(model, kind, encoder=encoder, size=size))
 
@@ -125,7 +125,7 @@ def _enough(*_: Any) -> None:
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
     """Within it `Enough` is raised so long after the last note; but only in the main thread, which has signals."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
     before = signal.signal(signal.SIGALRM, _enough)
