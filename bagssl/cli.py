@@ -20,6 +20,7 @@ from bagssl.commands import (
     data_list,
     docs,
     evaluate,
+    figures,
     list_experiments,
     notebooks,
     pretrain,
@@ -130,6 +131,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     options = command("report", report, "Write the ledger of claims and results/index.html, the page of all results.")
     options.add_argument("--readme", action="store_true", help="what README.md and results/README.md cite as well")
+
+    options = command("figures", figures, "Copy the figures of an experiment for print, from its record.")
+    options.add_argument("experiment", help="a name from `bagssl list`")
+    options.add_argument("--profile", default="laptop", help="smoke, laptop (default) or paper")
+    options.add_argument("--format", default="pdf", help="pdf (default), fonts embedded, or png, 200 dpi")
+    options.add_argument("--width", default="double", help="double (default), 7 inches, or single, 3.5; png: double")
+    options.add_argument("--to", metavar="FOLDER", default="figures", help="where to (default: ./figures)")
 
     options = command("docs", docs, "Write the pages of the code and the notebooks, build/docs/index.html.")
     options.add_argument("--to", metavar="FOLDER", help="another folder")

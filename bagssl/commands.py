@@ -231,6 +231,19 @@ def report(arguments: argparse.Namespace) -> None:
                 print(line)
 
 
+def figures(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from bagssl.batch.experiments import choose, load_experiments
+    from bagssl.paths import results_root
+    from bagssl.study.prints import copies
+
+    (experiment,) = choose(load_experiments(), [arguments.experiment], arguments.profile)
+    record = results_root() / arguments.profile / experiment.name
+    for path in copies(record, Path(arguments.to), arguments.format, arguments.width):
+        print(os.path.relpath(path))
+
+
 def docs(arguments: argparse.Namespace) -> None:
     from bagssl.batch.docs import write_docs
 

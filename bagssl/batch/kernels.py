@@ -21,7 +21,7 @@ GRACE = 5.0  # seconds that an interrupted kernel has to write its checkpoint
 KERNEL_KILLED, PROCESS_KILLED = "DeadKernelError", "DeadProcess"  # the enames of what was killed, or out of memory
 
 # The kernel's own to set, or ours: MPLBACKEND would unplug inline plots.
-_OURS = {"MPLBACKEND", "BAGSSL_OUTPUT", "BAGSSL_DEADLINE", "BAGSSL_PROGRESS"}
+_OURS = {"MPLBACKEND", "BAGSSL_OUTPUT", "BAGSSL_PRINT", "BAGSSL_DEADLINE", "BAGSSL_PROGRESS"}
 
 
 def places() -> dict[str, str]:

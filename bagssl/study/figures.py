@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
-from bagssl.study import names
+from bagssl.study import names, prints
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = {"tcr": "#0072B2", "simclr": "#D55E00", "vicreg": "#009E73", "byol": "#CC79A7", "barlow": "#E69F00",
@@ -220,11 +220,11 @@ def with_paper(frame: pd.DataFrame, artefact: str, dataset: str) -> pd.DataFrame
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write folder/figures/name.png (200 dpi) and .pdf, without a date: same figure, same bytes.
-
-    Letters that no font of `style` has become boxes, of which one line tells.
+    """Write folder/figures/name.png (200 dpi) and .pdf, without a date: same figure, same bytes; for a record one for
+    print as well, see prints.py. Letters that no font of `style` has become boxes, of which one line tells.
     """
     with names.missing_letters_told():
+        prints.write(figure, folder, name)
         for suffix, undated in (("png", "Software"), ("pdf", "CreationDate")):
             with write_atomically(Path(folder) / "figures" / f"{name}.{suffix}") as path:
                 figure.savefig(path, format=suffix, dpi=200, metadata={undated: None})
