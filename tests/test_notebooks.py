@@ -1,6 +1,8 @@
 """The committed notebooks as documents: their shape, their captions, and prose that takes no figure from a result."""
 
+import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -125,6 +127,20 @@ def test_a_figure_without_a_caption_is_found(number, tags, source, fault):
 
 def test_every_notebook_checks_its_parameters_first(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert code[0].metadata.tags == ["parameters"] and "check_parameters(globals())" in code[1].source
+    assert [cell.metadata.get("tags") for cell in code[:2]] == [["install"], ["parameters"]]
+    assert "check_parameters(globals())" in code[2].source
     assert code[-1].source.startswith("figures.Table(comparison.provenance(")
     assert re.search(r", parameters(,\s+opened=True)?\)\)$", code[-1].source)
+
+
+def test_every_notebook_begins_with_what_installs_the_package_where_it_is_missing(notebook, monkeypatch, capsys):
+    cell = notebook.cells[1]
+    assert cell.metadata.tags == ["install"] and not cell.outputs
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append((command[1:], check)))
+    exec(cell.source, {})  # noqa: S102 - the notebook's own cell
+    assert asked == [] and capsys.readouterr().out == ""  # it is here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(cell.source, {})  # noqa: S102
+    assert asked == [(["-m", "pip", "install", "--quiet", ".."], True)]
+    assert capsys.readouterr().out == "installing bagssl, and what it needs\n"
