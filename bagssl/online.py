@@ -31,7 +31,8 @@ IMAGES = 4096  # that are embedded at a time, at most; a quarter of them are ask
 # at three times the FLOPs of an embedded one, so that a measure takes 1 / (3 * 24) of them, 1.4 %.
 COST = 24
 TIMES = 20  # measures of a training, at most
-_COLUMNS = ("step", "epoch", "crops", "knn", "effective_rank")
+MEASURES = ("knn", "effective_rank")
+_COLUMNS = ("step", "epoch", "crops", *MEASURES)
 
 
 def interval(word: str) -> int:
@@ -84,8 +85,9 @@ class Online:
         if row["step"] < self.record.steps and row["crops"] // self.every <= before // self.every:
             return {}
         h = self._embed()
-        measured = {"knn": knn(h, self.labels, self.asked, self.classes), "effective_rank": effective_rank(h)}
-        self.rows.append({**{name: row[name] for name in _COLUMNS[:3]}, **measured})
+        place = {name: row[name] for name in _COLUMNS[:3]}
+        accuracy = knn(h, self.labels, self.asked, self.classes)
+        self.rows.append(place | {"knn": accuracy, "effective_rank": effective_rank(h)})
         _write(self.record.run, self.rows)
         return self.rows[-1]
 
