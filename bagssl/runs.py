@@ -8,6 +8,7 @@
         metrics.json         crops seen, last loss terms, hashes: written last, so it marks the end
         provenance.json      commit, versions, hardware, precision, wall time
         evaluations/         accuracies measured on the run, one file per protocol
+        online.csv, tensorboard/, wandb/    for those who watch it train (watching.py); they stay where they are
 
 Every JSON file holds the SHA-256 of its own content, metrics.json those of the weights and the history as well: what
 was damaged is not believed. A finished folder can be copied to another machine and used there.
