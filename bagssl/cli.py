@@ -169,6 +169,12 @@ def build_parser() -> argparse.ArgumentParser:
                          help="save memory: compute the activations of residual blocks again when they are needed")
     options.add_argument("--accumulate", action="store_true",
                          help="save more: go through a batch in its parts; needs --set norm_groups=N of them")
+    options.add_argument("--log-to", action="append", metavar="NAME",
+                         help="where the curves go as well, while it trains: tensorboard, trackio, wandb; csv is the "
+                         "run's own history.csv, always written")  # fmt: skip
+    options.add_argument("--online", metavar="PROBE",
+                         help="measure the encoder on its way, on training images: knn, or knn:EVERY, every so many "
+                         "crops; into the run's online.csv and to the loggers")  # fmt: skip
     options.add_argument("--time-limit", type=duration, metavar="TIME", help="stop after 90s, 9m, 1h30m")
 
     options = command("evaluate", evaluate, "Measure any encoder: the centre crop against bags of patches. ENCODER is "

@@ -120,7 +120,7 @@ def data_check(arguments: argparse.Namespace) -> None:
 
 
 def pretrain(arguments: argparse.Namespace) -> int | None:
-    from bagssl import data, distributed, pretraining
+    from bagssl import data, distributed, online, pretraining, watching
     from bagssl.config import PretrainConfig
     from bagssl.parameters import conform
 
@@ -133,10 +133,14 @@ def pretrain(arguments: argparse.Namespace) -> int | None:
             given[name] = getattr(arguments, name)
     typed = {name: conform(name, value, types[name]) if name in types else value for name, value in given.items()}
     config = PretrainConfig.from_dict(typed)
+    watching.loggers(arguments.log_to)
+    if arguments.online is not None:
+        online.interval(arguments.online)
     if arguments.processes > launched() == 1:
         return distributed.launch(arguments.processes, arguments.words)
     run = pretraining.pretrain(config, data.load(config.dataset, "train"), accumulate=arguments.accumulate,
-                               recompute=arguments.recompute, time_limit=arguments.time_limit)
+                               recompute=arguments.recompute, time_limit=arguments.time_limit,
+                               log_to=arguments.log_to, online=arguments.online)
     if not rank():
         print(os.path.relpath(run.path))
 

@@ -80,7 +80,7 @@ def pull(repo: str, revision: str | None = None) -> Run:
 
 def _write(run: Run, repo: str, folder: Path) -> None:
     """What is published of a run."""
-    copy_folder(run.path, folder, (CARD, "checkpoint.pt", "weights*.safetensors", ".*"))
+    copy_folder(run.path, folder, ("weights*.safetensors", *records.STAYS))
     ours = HALF if run.halved else WEIGHTS
     shutil.copyfile(run.path / ours, folder / FILES[ours])
     (folder / CARD).write_text(card(run, f"hub:{repo}"), encoding="utf-8")

@@ -23,6 +23,8 @@ from bagssl.locks import guarded, hold, host, shared
 RECORDED = ("laptop", "paper")  # profiles whose results are kept; those of smoke are made again when they are wanted
 # Of a run, named here for those that need no torch: the mark of a finished one; its weights as trained, and rounded.
 MARK, WEIGHTS, HALF = "metrics.json", "weights.safetensors", "weights-fp16.safetensors"
+# What stands in a run's folder for those who watch it train, and stays there: loggers' folders, what was measured.
+LOGS, ONLINE = ("tensorboard", "wandb"), "online.csv"
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _STALE = 86_400.0  # seconds: nobody downloads for a day, and few clocks are wrong by one
 _WRITER = re.compile(r"\.([0-9a-f]{8})-[0-9a-f]{8}\.tmp$")  # its host, at the end of a temporary file's name

@@ -35,12 +35,14 @@ from bagssl.errors import InputError, Stopped
 from bagssl.feeding import feed
 from bagssl.graphs import Replayed
 from bagssl.objectives import OBJECTIVES, Terms, spread
+from bagssl.online import interval
 from bagssl.optimisers import build_optimiser
 from bagssl.patches import augment
 from bagssl.progress import progress_bar
 from bagssl.recomputing import recompute_blocks, recomputed
 from bagssl.recording import Record
 from bagssl.runs import Run
+from bagssl.watching import loggers, watched
 
 _COST = ("objective", "encoder", "stem", "width", "size", "views", "batch_size", "norm_groups", "projector_hidden",
          "projector_dim", "optimiser")  # what the time of a step depends on
@@ -50,7 +52,7 @@ INTERRUPTED = 2  # why a training stops: more than that its time is up
 def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *, device: str = "auto",
              precision: str = "auto", compiled: str = "auto", accumulate: bool = False, recompute: bool = False,
              along: Sequence[float] = (), time_limit: float | None = None, checkpoint_every: float = 60.0,
-             progress: bool = True) -> Run:
+             progress: bool = True, log_to: str | Sequence[str] | None = None, online: str | None = None) -> Run:
     """The finished run of `config` on `images`: trained, or resumed, or found in the store at `root`.
 
     Stopped by Ctrl-C, SIGTERM or after `time_limit` seconds ($BAGSSL_DEADLINE, in Unix time, counts as well), it
@@ -61,16 +63,21 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
     along: epochs at which it leaves, beside its own run, the finished one of `until` these: the same weights as when
     that is asked for, without another training.
 
+    log_to: where its history goes as well, while it trains: tensorboard, trackio, wandb, see watching.py; None:
+    $BAGSSL_LOG_TO says. online: `knn` measures the encoder on its way, on training images, see online.py; `knn:EVERY`
+    every so many crops. Neither changes anything of the run.
+
     Where memory does not suffice, at a third more work each: recompute keeps the inputs of residual blocks alone;
     accumulate goes through the batch in its `norm_groups` (batch-norm's statistics are of what goes through at once, so
     these belong to the configuration). Neither changes anything but, perhaps, rounding.
 
     Raises Diverged when a loss term is not finite or the projections collapse, DoesNotFit as `budget.piece` does, Lost
     when another process is gone or hangs, InputError when there are fewer images than one batch holds, a batch cannot
-    be shared, or a finished run is damaged.
+    be shared, a finished run is damaged, or a logger or probe is unknown or not installed.
     """
     crops = config.steps(len(images)) * config.crops_per_step  # what is refused, before a folder is made
     _check_shares(config, accumulate)
+    watch = loggers(log_to), None if online is None else interval(online)
     device = distributed.own(torch.device(pick_device(device)))
     compiled = pick_compiled(compiled, device, crops, plain=distributed.launched() > 1 or accumulate or recompute)
     deadline = budget.deadline(time_limit)
@@ -79,7 +86,8 @@ def pretrain(config: PretrainConfig, images: Images, root: Path | None = None, *
         if left:
             with distributed.group(device):
                 how = device, pick_precision(precision, device), compiled, accumulate, recompute
-                train(Learner(config, *how), images, run, deadline, checkpoint_every, progress, along=along)
+                train(Learner(config, *how), images, run, deadline, checkpoint_every, progress, along=along,
+                      watch=watch)
     return run
 
 
@@ -249,7 +257,8 @@ def _seed(seed: int, purpose: int, index: int) -> int:
 
 
 def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf, checkpoint_every: float = 60.0,
-          progress: bool = True, along: Sequence[float] = ()) -> None:
+          progress: bool = True, along: Sequence[float] = (), watch: tuple[Sequence[str], int | None] = ((), None)
+          ) -> None:  # fmt: skip
     """Take the steps of `run` that are left, and finish its record; see `pretrain` for what may stop it."""
     config = learner.config
     steps, planned, crops = config.steps(len(images)), config.planned_steps(len(images)), config.crops_per_step
@@ -258,7 +267,7 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
     take_step = Replayed(learner) if "graphs" in learner.compiled else learner.step
     places = partial(_batches, config, len(images), resumed)
     with (_signals() as stop, progress_bar(steps * crops, resumed * crops, config.label, progress) as bar,
-          budget.piece(config.label, cost, (steps - resumed) * crops) as told,
+          watched(record, *watch) as look, budget.piece(config.label, cost, (steps - resumed) * crops) as told,
           feed(images.pixels, places, learner.device) as batches):  # fmt: skip
         for pixels in batches:
             # every step has its own seed: resuming needs no generator state, and no step depends on another's draws
@@ -267,6 +276,7 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
             terms = take_step(pixels, rate, teacher_momentum_at(record.step, planned, config))
             if means := record.add(terms, rate):
                 bar(record.step * crops, f"loss {means['loss']:.3f}")
+                look()
             if halt := distributed.agreed(INTERRUPTED if stop else time.monotonic() > deadline):
                 record.save()
                 message = f"{config.label} stopped at step {record.step} of {steps}; the next call goes on from there"

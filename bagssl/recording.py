@@ -42,6 +42,7 @@ class Record:
         self._resume()
         self.logged = self.step
         self.clock = self.saved = time.monotonic()
+        self.paused = 0.0  # seconds since then in which nothing was trained: see watching.py
 
     def _resume(self) -> None:
         learner, names = self.learner, ("model", "optimiser", "step", "history", "seconds", "sums")
@@ -77,7 +78,7 @@ class Record:
             self.history.append(row := self._row(rate))
             now = time.monotonic()
             self.seconds, self.clock = self.seconds + now - self.clock, now
-            self.sums, self.logged = {}, self.step
+            self.sums, self.logged, self.paused = {}, self.step, 0.0
             means = {name: value for name, value in row.items() if name not in _COLUMNS}
         if (shorter := self.along.get(self.step)) and self.step < self.steps and not distributed.rank():
             self._leave(shorter, self.history if means else [*self.history, self._row(rate)])
@@ -87,7 +88,7 @@ class Record:
         """Of the history, for the steps since the last one."""
         means = _means(self.sums, (self.step - 1) % self.every + 1)
         self._check(means)
-        crops, elapsed = self.learner.config.crops_per_step, time.monotonic() - self.clock
+        crops, elapsed = self.learner.config.crops_per_step, time.monotonic() - self.clock - self.paused
         return {
             "step": self.step, "epoch": self.step / self.per_epoch, "crops": self.step * crops, "learning_rate": rate,
             "crops_per_second": round((self.step - self.logged) * crops / max(elapsed, 1e-9), 1), **means}  # fmt: skip

@@ -15,12 +15,12 @@ from pathlib import Path
 from bagssl import runs
 from bagssl.cards import CARD, card
 from bagssl.errors import InputError
-from bagssl.paths import RECORDED, copy_folder, home, runs_root, write_atomically
+from bagssl.paths import LOGS, ONLINE, RECORDED, copy_folder, home, runs_root, write_atomically
 from bagssl.runs import HALF, MARK, WEIGHTS, Run
 
 LARGE = 4 * 2**20  # bytes of weights that a checkout need not carry
 FOREIGN = "encoder.json"  # marks what was measured of an encoder that others trained
-_OURS = (WEIGHTS, HALF, "checkpoint.pt", CARD, ".*")
+STAYS = (*LOGS, ONLINE, CARD, "checkpoint.pt", ".*")  # in a run's folder, wherever the run goes
 
 
 def roots() -> list[Path]:
@@ -64,7 +64,7 @@ def check(run: Run) -> None:
 
 def take(source: Path, path: Path, mark: str = MARK) -> None:
     """Copy a sound folder into the store, its mark last, so that a copy that was cut short is none."""
-    copy_folder(source, path, (mark, CARD, ".*"))
+    copy_folder(source, path, (mark, *STAYS))
     with write_atomically(path / mark) as temporary:
         temporary.write_bytes((source / mark).read_bytes())
 
@@ -90,7 +90,7 @@ def stored(run: Run) -> Run:
 
 def keep(path: Path, folder: Path, whole: bool) -> None:
     """Copy what a run or another's encoder at `path` has to its place in a record; `whole`: with weights in fp32."""
-    copy_folder(path, folder, _OURS)
+    copy_folder(path, folder, (WEIGHTS, HALF, *STAYS))
     run = Run(path)
     if not (path / MARK).exists():
         return

@@ -8,6 +8,7 @@
         metrics.json         crops seen, last loss terms, hashes: written last, so it marks the end
         provenance.json      commit, versions, hardware, precision, wall time
         evaluations/         accuracies measured on the run, one file per protocol
+        online.csv, tensorboard/, wandb/    for those who watch it train (watching.py); they stay where they are
 
 Every JSON file holds the SHA-256 of its own content, metrics.json those of the weights and the history as well: what
 was damaged is not believed. A finished folder can be copied to another machine and used there.
@@ -37,6 +38,7 @@ from filelock import Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
+from bagssl import curves
 from bagssl.errors import InputError, Stopped, shortage
 from bagssl.locks import guarding, lock_at
 from bagssl.paths import HALF, MARK, WEIGHTS, cores, home, runs_root, write_atomically
@@ -132,12 +134,13 @@ class Run:
         _ = self.history, self.provenance, self.has_weights and self.weights()
 
     def __repr__(self) -> str:
-        return f"<Run {self.path.name}: {'; '.join(_lines(self)[1:])}>"
+        return f"<Run {self.path.name}: {'; '.join(lines(self)[1:])}>"
 
     def _repr_html_(self) -> str:
-        title, *lines = map(escape, [*_lines(self), self.path.name])
-        return (f'<div style="display: flex; gap: 1.5em; align-items: center">{_loss_curve(_history(self))}'
-                f"<div><b>{title}</b><br>{'<br>'.join(lines)}</div></div>")  # fmt: skip
+        title, *more = map(escape, [*lines(self), self.path.name])
+        losses = known(lambda: curves.points(known_history(self), "step", "loss"), [])
+        return (f'<div style="display: flex; gap: 1.5em; align-items: center">{curves.curve(losses, "loss")}'
+                f"<div><b>{title}</b><br>{'<br>'.join(more)}</div></div>")  # fmt: skip
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors of encoder and projector in fp32, by name. Raises InputError when a file is not the one written.
@@ -178,7 +181,7 @@ def known(read: Callable[[], Any], otherwise: Any = "") -> Any:
         return otherwise
 
 
-def _lines(run: Run) -> list[str]:
+def lines(run: Run) -> list[str]:
     """What was trained; how far, for how long and on what; the last terms of the loss."""
     config, metrics = known(lambda: run.config), known(lambda: run.metrics)
     names = ["dataset", "objective", "training"]
@@ -186,10 +189,10 @@ def _lines(run: Run) -> list[str]:
         names.remove("objective")
     words = [*(known(lambda name=name: str(config[name])) for name in names), known(lambda: f"seed {config['seed']}")]
     state = known(lambda: _state(run, config, metrics), "its folder cannot be read")
-    last = known(lambda: metrics["final"]) or known(lambda: {"loss": _history(run)[-1]["loss"]})
+    last = known(lambda: metrics["final"]) or known(lambda: {"loss": known_history(run)[-1]["loss"]})
     terms = known(lambda: [f"{name} {last[name]:.4g}" for name in sorted(sorted(last), key="loss".__ne__)], [])
-    lines = [", ".join(filter(None, words)) or "a run whose configuration cannot be read", state, ", ".join(terms)]
-    return [" ".join(line.split()) for line in lines if line]
+    said = [", ".join(filter(None, words)) or "a run whose configuration cannot be read", state, ", ".join(terms)]
+    return [" ".join(line.split()) for line in said if line]
 
 
 def _state(run: Run, config: Any, metrics: Any) -> str:
@@ -208,7 +211,7 @@ def _state(run: Run, config: Any, metrics: Any) -> str:
     step = known(lambda: int(_checkpoint(run)["step"]), None)
     if step is None:
         return "its checkpoint cannot be read"
-    row = known(lambda: _history(run)[-1])
+    row = known(lambda: known_history(run)[-1])
     steps = known(lambda: f" of {round(config['epochs'] * row['step'] / row['epoch'])}")
     return f"stopped or in training, saved at step {step}{steps}"
 
@@ -217,22 +220,9 @@ def _checkpoint(run: Run) -> dict[str, Any]:
     return torch.load(run.path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
 
 
-def _history(run: Run) -> list[dict[str, float]]:
+def known_history(run: Run) -> list[dict[str, float]]:
+    """Of a finished run, or of one at its checkpoint; empty where it cannot be read."""
     return known(lambda: run.history if run.finished else _checkpoint(run)["history"], [])
-
-
-def _loss_curve(history: list[dict[str, float]], width: int = 160, height: int = 48) -> str:
-    """The loss over the steps as an SVG in the colour of the text around it: no axes, from lowest to highest."""
-    rows = known(lambda: [(float(row["step"]), float(row["loss"])) for row in history], [])
-    points = [(step, loss) for step, loss in rows if math.isfinite(loss)]
-    if len(points) < 2:
-        return ""
-    steps, losses = zip(*points, strict=True)
-    first, low, span, reach = steps[0], min(losses), (steps[-1] - steps[0]) or 1, (max(losses) - min(losses)) or 1
-    places = (f"{width * (step - first) / span:.1f},{height * (1 - (loss - low) / reach):.1f}" for step, loss in points)
-    view = f'viewBox="-2 -2 {width + 4} {height + 4}" role="img" aria-label="loss"'
-    line = f'<polyline points="{" ".join(places)}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-    return f'<svg width="{width}" height="{height}" {view}>{line}</svg>'
 
 
 # ---- finding, writing and reading runs

@@ -13,9 +13,10 @@ from bagssl import bench, cli
 from bagssl.bench import feeding, ranks
 from bagssl.bench.embedding import _peak, probing
 from bagssl.bench.race import ROUNDS, Machine, compared, exponent, race, time
-from bagssl.bench.training import native_size, training
+from bagssl.bench.training import native_size, online, training
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError, Stopped
+from bagssl.online import Online
 from bagssl.study import figures
 
 
@@ -112,6 +113,15 @@ def test_both_sides_of_a_training_row_train(monkeypatch):
         assert row["rate"] > 0 and row["their rate"] > 0 and row["rounds"] == 2
         assert 0 < row["kNN"] <= 100 and 0 < row["their kNN"] <= 100
         assert row["kNN difference"] == pytest.approx(row["kNN"] - row["their kNN"])
+
+
+def test_a_training_is_timed_with_what_is_measured_on_its_way_and_without(monkeypatch):
+    machine, measured = Machine("synthetic", quick=True), []
+    embed = Online._embed
+    monkeypatch.setattr(Online, "_embed", lambda self: measured.append(len(self.crops)) or embed(self))
+    (row,) = online(machine)
+    assert row["rate"] > 0 and row["their rate"] > 0 and row["aim"] == 0.97
+    assert measured == [512 // 24] * (ROUNDS + 1)  # one of the two works, once in each run
 
 
 def test_both_probes_are_timed():

@@ -85,6 +85,10 @@ WRONG = [
     ("pretrain --seed 1 --set seed=2", "given twice"),
     ("pretrain --set norm_groups=3", "batch_size = 256 is no multiple of norm_groups = 3"),
     ("pretrain --processes 0", "--processes"),
+    ("pretrain --log-to nothing", "unknown logger 'nothing'; known: csv, tensorboard"),
+    ("pretrain --log-to csv,tensorbord", "did you mean 'tensorboard'"),
+    ("pretrain --online linear", "unknown online probe 'linear'; known: knn"),
+    ("pretrain --online knn:often", "knn:EVERY"),
     ("notebooks 99_none.ipynb", "99_none.ipynb"),
     ("evaluate --dataset synthetic", "encoder"),
     ("evaluate torchvision:resnet18", "--dataset"),
@@ -242,14 +246,15 @@ def test_data_list_names_the_embedded_data(project, capsys):
 def test_pretrain_reads_settings_in_their_types(project, monkeypatch, capsys):
     seen = []
 
-    def pretrain(config, images, time_limit, accumulate, recompute):
-        assert accumulate and not recompute
+    def pretrain(config, images, time_limit, accumulate, recompute, log_to, online):
+        assert accumulate and not recompute and (log_to, online) == (["csv", "csv,tensorboard"], "knn:64")
         seen.append((config, time_limit))
         return type("Run", (), {"path": project / "runs" / "one"})
 
     monkeypatch.setattr(pretraining, "pretrain", pretrain)
     monkeypatch.setattr(data, "load", lambda name, split: None)
     line = "pretrain --objective simclr --seed 3 --set epochs=2 --set learning_rate=1e-3 --time-limit 9m --accumulate"
+    line += " --log-to csv --log-to csv,tensorboard --online knn:64"
     assert cli.main(line.split()) == 0
     (config, limit), = seen
     assert (config.objective, config.seed, config.epochs, config.learning_rate, limit) == ("simclr", 3, 2, 1e-3, 540)

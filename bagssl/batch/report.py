@@ -1,4 +1,5 @@
-"""The gallery: results/index.html, one page that needs no server and no network, made from what results/ holds.
+"""The gallery: results/index.html, one page that needs no server and no network, made from what results/ holds; and
+results/curves.html, beside it, with the curves of every run of the record and the store.
 
 What it says comes from the ledger, the tables and figures, and the executed notebooks: title, claim, captions and
 reading, which these name by the tags of their cells.
@@ -25,21 +26,22 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
-from bagssl import overview
+from bagssl import curves, online, overview
 from bagssl.batch.experiments import PROFILES
 from bagssl.errors import InputError
 from bagssl.parameters import notebook_cells
-from bagssl.paths import cores, results_root, write_atomically
+from bagssl.paths import cores, results_root, runs_root, write_atomically
 from bagssl.records import FOREIGN
-from bagssl.runs import list_runs, read_json
+from bagssl.runs import Run, known, known_history, lines, list_runs, read_json
 from bagssl.study import claims, figures
 
 WIDTH = 1200  # pixels of an embedded figure at most: two per pixel of the column on a screen
+POINTS = 100  # of a curve at most, about: a run then takes a few kB
 ARM = {"objective", "training", "k", "probe", "feature"}
 
 
 def write_report(results: Path | None = None) -> Path:
-    """Write the ledger of each profile that has results, and the page; the path of the page.
+    """Write the ledger of each profile that has results, and the two pages; the path of the first.
 
     Raises InputError when there are no results, and for evidence or figures that cannot be read.
     """
@@ -54,8 +56,10 @@ def write_report(results: Path | None = None) -> Path:
     verdicts = (claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING)
     page = figures.render("report.html.j2", Path(__file__).parent, profiles=profiles, verdicts=verdicts,
                           paper=figures.paper_values().to_dict("records"))  # fmt: skip
-    with write_atomically(root / "index.html") as path:
-        path.write_text(page, encoding="utf-8")
+    drawn = figures.render("curves.html.j2", Path(__file__).parent, places=_places(root, list(folders)))
+    for name, text in (("curves.html", drawn), ("index.html", page)):
+        with write_atomically(root / name) as path:
+            path.write_text(text, encoding="utf-8")
     return root / "index.html"
 
 
@@ -104,6 +108,38 @@ def _models(folder: Path) -> list[dict[str, str]]:
     """The models of a record, as `bagssl runs list` has them."""
     names = ("name", "state", "crops", "seconds", "machine", "weights", "accuracy")
     return [dict(zip(names, overview.row(run), strict=True)) for run in list_runs(folder) if run.finished]
+
+
+# ---- the curves of runs
+
+
+def _places(root: Path, profiles: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each record and of the store, but for those that a record shows, that have curves."""
+    found, shown = {}, set()
+    for place, folder in [*((name, root / name / "runs") for name in profiles), ("the store", runs_root())]:
+        own = [_curves(run) for run in list_runs(folder) if run.path.name not in shown]
+        shown |= {each["name"] for each in own}
+        found[place] = [each for each in own if each["curves"]]
+    return {place: own for place, own in found.items() if own}
+
+
+def _curves(run: Run) -> dict[str, Any]:
+    """Its loss terms, rate and speed over the crops seen and, where they were measured, what its folder or that of the
+    store has of online.csv."""
+    history = known_history(run)
+    measured = online.read(run) or online.read(Run(runs_root() / run.path.name))
+    ways = ("learning_rate", "crops_per_second")
+    terms = known(lambda: [name for name in history[-1] if name not in ("step", "epoch", "crops", *ways)], [])
+    kinds = {"loss": "term", **dict.fromkeys(online.MEASURES, "measure"), **dict.fromkeys(terms, "term"),
+             **dict.fromkeys(ways, "way")}  # fmt: skip
+    drawn = []
+    for name, kind in kinds.items():
+        places = known(lambda name=name: curves.points([*history, *measured], "crops", name), [])
+        if svg := curves.curve(curves.thinned(places, POINTS), name, 200, 60):
+            heights = [height for _, height in places]
+            drawn.append({"name": name.replace("_", " "), "kind": kind, "svg": svg, "last": heights[-1],
+                          "low": min(heights), "high": max(heights), "crops": places[-1][0]})  # fmt: skip
+    return {"name": run.path.name, "lines": lines(run)[:2], "curves": drawn}
 
 
 # ---- one experiment

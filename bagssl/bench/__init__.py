@@ -20,15 +20,16 @@ from bagssl.bench.embedding import aggregation, coding_rate, growth, memory, pro
 from bagssl.bench.feeding import gathering, importing
 from bagssl.bench.race import Machine
 from bagssl.bench.ranks import processes
-from bagssl.bench.training import augmentation, compiled, native_size, training, utilisation
+from bagssl.bench.training import augmentation, compiled, native_size, online, training, utilisation
 from bagssl.errors import InputError, Stopped
 from bagssl.paths import results_root, write_atomically
 from bagssl.study import figures
 
 ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
-    "augmentation": augmentation, "training": training, "native-size": native_size, "utilisation": utilisation,
-    "aggregation": aggregation, "coding-rate": coding_rate, "growth": growth, "memory": memory, "probes": probing,
-    "compiled": compiled, "import": importing, "gathering": gathering, "processes": processes,
+    "augmentation": augmentation, "training": training, "native-size": native_size, "online": online,
+    "utilisation": utilisation, "aggregation": aggregation, "coding-rate": coding_rate, "growth": growth,
+    "memory": memory, "probes": probing, "compiled": compiled, "import": importing,
+    "gathering": gathering, "processes": processes,
 }  # fmt: skip
 
 

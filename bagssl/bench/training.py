@@ -14,7 +14,7 @@ from torchvision.models.resnet import conv3x3
 from bagssl import bags, data, devices, patches, pretraining, probes
 from bagssl.augmentation import Augmentation
 from bagssl.bench.race import ROUNDS, Machine, Work, compared, race, synchronise
-from bagssl.bench.works import embed_patches, flops, product, run_steps, short_run, train_steps
+from bagssl.bench.works import embed_patches, flops, product, run_steps, short_run, train_steps, whole_run
 from bagssl.config import PretrainConfig
 from bagssl.encoders import build_encoder
 
@@ -190,6 +190,14 @@ def _accuracy(machine: Machine, encoder: nn.Module, size: int, k: int) -> float:
 
 def _ours(machine: Machine, size: int, **settings: Any) -> tuple[Callable[[int, int], nn.Module], int]:
     return lambda seed, steps: run_steps(machine, machine.config(size, seed=seed, **settings), steps)[1], size
+
+
+def online(machine: Machine) -> Iterator[dict]:
+    """Whole runs whose encoder is measured on its way, as often as by default, against the same without."""
+    for size, crops in machine.size["crops"].items():
+        works = {name: whole_run(machine, machine.config(size), crops, every)
+                 for name, every in (("measured", 0), ("not measured", None))}  # fmt: skip
+        yield compared(f"training at {size} px, measured on its way", machine.race(works), "crops/s", 0.97)
 
 
 def utilisation(machine: Machine) -> Iterator[dict]:

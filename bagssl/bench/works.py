@@ -54,6 +54,22 @@ def run_steps(machine: Machine, config: PretrainConfig, steps: int) -> tuple[lis
         return run.history, pretraining.load_encoder(run, machine.device)
 
 
+def whole_run(machine: Machine, config: PretrainConfig, crops: int, every: int | None) -> Work:
+    """A run of so many crops with all that it waits for, by the clock on the wall; `every`: see `online.Online`."""
+    config, learner = of_steps(machine, config, max(2, crops // config.crops_per_step)), None
+
+    def work() -> int:
+        nonlocal learner
+        if learner is None:
+            learner = Learner(config, machine.device, machine.dtype, machine.long)
+        with tempfile.TemporaryDirectory() as folder:
+            run = runs.open_run(config.to_dict(), machine.train.fingerprint, config.label, Path(folder))
+            pretraining.train(learner, machine.train, run, progress=False, watch=((), every))
+            return run.metrics["crops"]
+
+    return work
+
+
 def short_run(machine: Machine, config: PretrainConfig) -> int:
     """Steps of a run that is short, but long against its beginning and end."""
     return max(2, machine.size["crops"][config.size] // (4 * config.crops_per_step))

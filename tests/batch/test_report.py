@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,11 +18,11 @@ from PIL import Image
 from test_claims import GOOD
 from test_experiments import write_list, write_notebook
 
-from bagssl import cli, data, records
+from bagssl import cli, curves, data, records
 from bagssl.batch import kernels, report
 from bagssl.batch.reproduce import reproduce
 from bagssl.config import PretrainConfig
-from bagssl.errors import InputError
+from bagssl.errors import InputError, Stopped
 from bagssl.pretraining import pretrain
 from bagssl.study import claims, figures
 
@@ -182,6 +184,45 @@ def test_the_models_of_a_record_have_a_row_and_a_card(results, tmp_path):
     link = f"laptop/runs/{run.path.name}/README.md"
     assert link in {unquote(attributes.get("href", "")) for _, attributes in page.tags}
     assert (tmp_path / "copy" / link).exists()
+
+
+def test_every_run_of_the_record_and_the_store_has_its_curves_on_a_page_that_stands_alone(results, tmp_path):
+    images = data.load("synthetic", "train").take(torch.arange(0, 3920, 49))
+    config = PretrainConfig(width=8, size=8, batch_size=16, views=2, epochs=24)  # 120 rows
+    kept = pretrain(config, images, progress=False, online="knn:800")
+    alone = pretrain(replace(config, seed=1), images, progress=False)
+    pretrain(replace(config, training="untrained"), images, progress=False)
+    for _ in range(3):  # a step each
+        with pytest.raises(Stopped):
+            pretrain(replace(config, seed=2), images, progress=False, time_limit=0)
+    shutil.copytree(results, tmp_path / "copy")
+    records.keep(kept.path, tmp_path / "copy/laptop/runs" / kept.path.name, True)
+    source = (report.write_report(tmp_path / "copy").parent / "curves.html").read_text(encoding="utf-8")
+    assert [fault for fault in faults(source, tmp_path / "copy") if fault != "0 scripts"] == []
+    blocks = {part.partition('"')[0]: part for part in source.split('<article id="')[1:]}
+    stopped = next(name for name in blocks if "seed2" in name)
+    assert list(blocks) == [kept.path.name, alone.path.name, stopped]  # the random one has none
+    assert source.index(">laptop<") < source.index(kept.path.name) < source.index(">the store<")
+    assert "stopped or in training" in blocks[stopped]
+    for name, block in blocks.items():
+        labels = re.findall(r'aria-label="(.+?)"', block)
+        measured = ["knn", "effective_rank"] * (name == kept.path.name)  # it is kept, and was measured in the store
+        assert labels == ["loss", *measured, "similarity", "coding_rate", "spread", "learning_rate", "crops_per_second"]
+        assert all(2 <= points.count(",") <= 104 for points in re.findall(r'points="([^"]+)"', block))
+        assert len(block) < 10_000
+    last = kept.history[-1]
+    assert f"<b>loss</b> {last['loss']:.4g}," in blocks[kept.path.name]
+
+
+def test_a_thinned_curve_keeps_its_ends_its_lowest_and_its_highest():
+    places = [(float(i), float(i % 10)) for i in range(1000)]
+    places[501], places[703] = (501.0, -99.0), (703.0, 99.0)
+    thin = curves.thinned(places, 100)
+    assert {places[0], places[501], places[703], places[-1]} <= set(thin) and 100 <= len(thin) <= 104
+    assert curves.thinned(places[:100], 100) == places[:100]
+    with pytest.raises(KeyError):
+        curves.points([{"loss": 1.0}], "step", "loss")
+    assert curves.points([{"step": 1, "loss": float("nan")}, {"step": 2}], "step", "loss") == []
 
 
 def test_title_captions_and_reading_come_from_the_tags_of_the_executed_notebook(tmp_path):
