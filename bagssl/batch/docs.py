@@ -6,10 +6,9 @@ import os
 import re
 from pathlib import Path
 
-import nbformat
-
 from bagssl.batch.report import inline, notebook_page
 from bagssl.errors import InputError
+from bagssl.parameters import notebook_cells
 from bagssl.paths import home, write_atomically
 from bagssl.study import figures
 
@@ -56,7 +55,8 @@ def _led(page: str, here: Path, there: Path) -> str:
 
 
 def _title(path: Path) -> str:
-    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+    first, *_ = notebook_cells(path)
+    return "".join(first["source"]).splitlines()[0].removeprefix("# ")
 
 
 def _modules() -> dict[str, list[tuple[str, str, str]]]:
