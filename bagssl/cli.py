@@ -35,6 +35,7 @@ from bagssl.commands import (
     runs_remove,
     runs_show,
     runs_watch,
+    verify,
 )
 from bagssl.errors import Diverged, InputError, Lost, Stopped, shortage
 from bagssl.ranks import launched
@@ -155,6 +156,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     options = command("docs", docs, "Write the pages of the code and the notebooks, build/docs/index.html.")
     options.add_argument("--to", metavar="FOLDER", help="another folder")
+
+    options = command("verify", verify, "Check a record from what it holds alone, without training: hashes, models, "
+                      "tables against evaluations and notebook, verdicts, what texts cite. A line for each artefact; "
+                      "code 1 and the first that is off, or 0.")  # fmt: skip
+    options.add_argument("folder", help="results, results/PROFILE or results/PROFILE/EXPERIMENT")
+    options.add_argument("--quiet", action="store_true", help="a line for what is off alone")
 
     options = command("data", None, "List, fetch, add and check datasets.")
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)

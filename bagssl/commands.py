@@ -308,6 +308,21 @@ def docs(arguments: argparse.Namespace) -> None:
     print(os.path.relpath(write_docs(arguments.to)))
 
 
+def verify(arguments: argparse.Namespace) -> int:
+    from bagssl.batch.verify import verify
+
+    found = verify(arguments.folder)
+    for line in found.lines:
+        if line.startswith("OFF") or not arguments.quiet:
+            print(line)
+    sys.stdout.flush()  # before what is said last
+    if faults := found.faults:
+        print(f"bagssl: {len(faults)} of {len(found.lines)} artefacts are off, first {faults[0]}", file=sys.stderr)
+        return 1
+    print(f"{len(found.lines)} artefacts, all as they were recorded")
+    return 0
+
+
 def bench(arguments: argparse.Namespace) -> None:
     from bagssl.bench import bench
 
