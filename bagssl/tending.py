@@ -5,7 +5,6 @@ far it was then.
 """
 
 import contextlib
-import fcntl
 import shutil
 import statistics
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from filelock import Timeout
 
-from bagssl import details, records, runs
+from bagssl import details, locks, records, runs
 from bagssl.errors import InputError, Stopped
 from bagssl.locks import lock_at, shared
 from bagssl.paths import RECORDED, home, runs_root
@@ -30,7 +29,7 @@ def holder(run: Run) -> str | None:
     """Who holds a run, ` (process 4711 on node7)` or empty where that is not known; None when nobody does."""
     path = run.path / ".lock"
     with contextlib.suppress(FileNotFoundError):  # never held, or gone
-        if shared(run.path):
+        if shared(run.path) or locks.fcntl is None:  # without it one who looks holds it for that long
             lock = lock_at(path)
             try:
                 lock.acquire(timeout=0)
@@ -40,7 +39,7 @@ def holder(run: Run) -> str | None:
             return None
         with open(path, "rb") as stream:  # beside others that look; who wants to hold it waits for no longer than this
             try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                locks.fcntl.flock(stream, locks.fcntl.LOCK_SH | locks.fcntl.LOCK_NB)
             except BlockingIOError:
                 return ""
     return None

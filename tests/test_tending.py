@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from bagssl import cli, data, details, runs, tending
+from bagssl import cli, data, details, locks, runs, tending
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, Stopped
 from bagssl.pretraining import pretrain
@@ -119,6 +119,17 @@ def test_to_look_hinders_no_training(training):
     assert tending.holder(run) is None
     with runs.locked(run, deadline=0):
         assert tending.holder(run) == ""
+
+
+def test_without_fcntl_it_is_seen_as_well_who_holds_a_run(training, monkeypatch):
+    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(locks, "hold", lambda stream: True)
+    (run,) = runs.list_runs()
+    assert tending.holder(run) == ""
+    training.kill()
+    training.wait(60)
+    training.returncode = 0  # as the fixture wants it
+    assert tending.holder(run) is None
 
 
 @pytest.mark.parametrize("seconds, said", [(0, "0 s"), (89, "89 s"), (91, "2 min"), (5500, "1 h 32 min"),
