@@ -26,11 +26,16 @@ from bagssl.commands import (
     pretrain,
     report,
     reproduce,
+    runs_compare,
     runs_export,
     runs_import,
     runs_list,
     runs_pull,
     runs_push,
+    runs_remove,
+    runs_show,
+    runs_watch,
+    verify,
 )
 from bagssl.errors import Diverged, InputError, Lost, Stopped, shortage
 from bagssl.ranks import launched
@@ -55,6 +60,16 @@ def duration(text: str) -> float:
     if not seconds > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90s, 9m or 1h30m")
     return seconds
+
+
+def age(text: str) -> float:
+    """Seconds: 30d, 2w, or as `duration`."""
+    if match := re.fullmatch(r"([1-9]\d*)([dw])", text.strip()):
+        return int(match[1]) * {"d": 1, "w": 7}[match[2]] * 86_400.0
+    try:
+        return duration(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age; write 30d, 2w, 12h or 90m") from None
 
 
 def positive(text: str) -> int:
@@ -142,6 +157,12 @@ def build_parser() -> argparse.ArgumentParser:
     options = command("docs", docs, "Write the pages of the code and the notebooks, build/docs/index.html.")
     options.add_argument("--to", metavar="FOLDER", help="another folder")
 
+    options = command("verify", verify, "Check a record from what it holds alone, without training: hashes, models, "
+                      "tables against evaluations and notebook, verdicts, what texts cite. A line for each artefact; "
+                      "code 1 and the first that is off, or 0.")  # fmt: skip
+    options.add_argument("folder", help="results, results/PROFILE or results/PROFILE/EXPERIMENT")
+    options.add_argument("--quiet", action="store_true", help="a line for what is off alone")
+
     options = command("data", None, "List, fetch, add and check datasets.")
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
     command("list", data_list, "Show the datasets, and which are here.", actions)
@@ -199,9 +220,28 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("--processes", type=positive, default=1, metavar="N",
                          help="embed by so many processes of this machine, or by torchrun, as in pretrain")
 
-    options = command("runs", None, "List trained models, and carry them from one machine to another.")
+    options = command("runs", None, "List, show, compare, watch and remove trained models, and carry them from one "
+                      "machine to another.")  # fmt: skip
     actions = options.add_subparsers(title="commands", metavar="COMMAND", dest="action", required=True)
     command("list", runs_list, "Show what is trained: where, for how long, how accurate.", actions)
+    options = command("show", runs_show, "Show one run: settings, loss, accuracies, where it lies.", actions)
+    options.add_argument("name", help="the run's folder, name or key, or how the last two begin")
+    options = command("compare", runs_compare, "Show what differs between runs: settings, final terms, speed, and "
+                      "accuracies by the same protocol.", actions)  # fmt: skip
+    options.add_argument("name", nargs="+", help="two runs or more, as in show")
+    options.add_argument("--csv", metavar="FILE", help="write the table there as well, with the names of the runs")
+    options = command("watch", runs_watch, "Say of each run in training how far it was at its last checkpoint, one a "
+                      "minute: where its page was reloaded, or from another terminal.", actions)  # fmt: skip
+    options.add_argument("name", nargs="?", help="one run of the store, until it is no longer in training")
+    options.add_argument("--once", action="store_true", help="say it once; else until Ctrl-C")
+    options = command("remove", runs_remove, "Remove runs from the store, never from a record nor one that is in "
+                      "training. Without --yes it only shows which, and their bytes. Several choices: runs that "
+                      "all of them choose.", actions)  # fmt: skip
+    options.add_argument("name", nargs="*", help="names or keys, or how they begin")
+    options.add_argument("--older-than", type=age, metavar="AGE", help="last written before 30d, 2w, 12h")
+    options.add_argument("--unfinished", action="store_true", help="not trained to their end, by nobody now")
+    options.add_argument("--dry-run", action="store_true", help="show what would be removed (without --yes as well)")
+    options.add_argument("--yes", action="store_true", help="remove")
     options = command("export", runs_export, "Pack finished runs and their evaluations into files.", actions)
     options.add_argument("folder", help="where to write the files")
     options.add_argument("name", nargs="*", help="names or keys, or how they begin; none: all that are finished")

@@ -189,6 +189,64 @@ def runs_list(arguments: argparse.Namespace) -> None:
     print(table([("RUN", "STATE", "CROPS", "SECONDS", "MACHINE", "WEIGHTS", "ACCURACY"), *rows()]))
 
 
+def runs_show(arguments: argparse.Namespace) -> None:
+    from bagssl import details
+
+    print(details.show(details.find(arguments.name)))
+
+
+def runs_compare(arguments: argparse.Namespace) -> None:
+    from bagssl import details
+
+    if arguments.csv and os.path.isdir(arguments.csv):
+        raise InputError(f"--csv {arguments.csv} is a folder: name a file")
+    chosen = [details.find(name) for name in arguments.name]
+    rows = details.compare(chosen)
+    if arguments.csv:
+        details.write_csv(arguments.csv, chosen, rows)
+    shown = details.side_by_side(chosen, rows)
+    print(*(f"{letter} = {run.path.name}" for letter, run in zip(shown[0][2:], chosen, strict=True)), sep="\n")
+    print("", table(shown), sep="\n")
+    if not any(row[0] == "accuracy" for row in rows):
+        print("\nNo accuracy was measured by the same protocol on two of them.")
+
+
+def runs_remove(arguments: argparse.Namespace) -> int:
+    from bagssl import details, tending
+
+    if arguments.yes and arguments.dry_run:
+        raise InputError("--yes removes, --dry-run does not: give one of them")
+    chosen, held = tending.candidates(tending.choose(arguments.name, arguments.older_than, arguments.unfinished))
+    if held and arguments.name:
+        raise InputError(f"{held[0].path} is held by another process: nothing was removed")
+    for run in held:
+        print(f"{run.path.name} is held by another process: it is left", file=sys.stderr)
+    if not chosen:
+        print("There is nothing to remove.")
+        return 0
+    print(table([("RUN", "STATE", "WRITTEN", "BYTES"), *map(tending.row, chosen)]))
+    if not arguments.yes:
+        count = sum(map(details.size, chosen))
+        print(f"Runs {len(chosen)}, {count:,} bytes: nothing is removed yet; --yes removes them.")
+        return 0
+    freed, code = [], 0
+    for run in chosen:
+        try:
+            freed.append(tending.remove(run))
+        except Stopped as stop:  # another process has begun to train it meanwhile
+            print(f"bagssl: {stop}", file=sys.stderr)
+            code = 1
+    print(f"Runs removed {len(freed)}, {sum(freed):,} bytes.")
+    return code
+
+
+def runs_watch(arguments: argparse.Namespace) -> None:
+    from bagssl import tending
+
+    for line in tending.watch(arguments.name, arguments.once):
+        print(line, flush=True)
+
+
 def runs_export(arguments: argparse.Namespace) -> None:
     from bagssl.overview import choose
     from bagssl.packing import export
@@ -252,6 +310,21 @@ def docs(arguments: argparse.Namespace) -> None:
     from bagssl.batch.docs import write_docs
 
     print(os.path.relpath(write_docs(arguments.to)))
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    from bagssl.batch.verify import verify
+
+    found = verify(arguments.folder)
+    for line in found.lines:
+        if line.startswith("OFF") or not arguments.quiet:
+            print(line)
+    sys.stdout.flush()  # before what is said last
+    if faults := found.faults:
+        print(f"bagssl: {len(faults)} of {len(found.lines)} artefacts are off, first {faults[0]}", file=sys.stderr)
+        return 1
+    print(f"{len(found.lines)} artefacts, all as they were recorded")
+    return 0
 
 
 def bench(arguments: argparse.Namespace) -> None:

@@ -185,11 +185,14 @@ def _run_locked(stage: Stage, fresh: bool, deadline: float, kernels: Kernels, sa
         move_folder(partial, failed)
         return outcome
     (partial / "log.txt").unlink()
+    evaluations = {path.name: sorted(each.name for each in path.glob("evaluations/*.json"))
+                   for path in sorted((partial / "runs").glob("*"))}  # fmt: skip
     models = merge_models(partial / "runs", stage.models)  # before the results that name them
     shutil.rmtree(partial / "runs", ignore_errors=True)
     ended = {"end": iso_time(time.time()), "seconds": round(seconds, 1)}
     write_record(partial / "provenance.json", {**provenance, **ended, "runs": models})
-    record = {"state": "done", "key": stage.key, "data": stage.data, "runs": models, "files": hashes(partial)}
+    record = {"state": "done", "key": stage.key, "data": stage.data, "runs": models, "evaluations": evaluations,
+              "files": hashes(partial)}  # fmt: skip
     write_record(partial / "status.json", record)
     if stage.folder.exists():  # at no moment are both the old and the new results gone
         move_folder(stage.folder, old)

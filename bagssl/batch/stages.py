@@ -19,7 +19,8 @@ from bagssl.parameters import conform, notebook_cells, notebook_parameters
 from bagssl.paths import HALF, MARK, WEIGHTS, copy_folder, file_hash, results_root
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_DECIDE_NOTHING = frozenset({"bench", "cli.py", "commands.py", "hub.py", "batch"})  # in a notebook
+# modules that decide nothing in a notebook
+_DECIDE_NOTHING = frozenset({"bench", "cli.py", "commands.py", "details.py", "hub.py", "tending.py", "batch"})
 
 
 @dataclass(frozen=True, eq=False)
