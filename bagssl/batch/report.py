@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,7 @@ from bagssl import curves, online, overview
 from bagssl.batch.experiments import PROFILES
 from bagssl.errors import InputError
 from bagssl.parameters import notebook_cells
-from bagssl.paths import cores, results_root, runs_root, write_atomically
+from bagssl.paths import cores, home, results_root, runs_root, write_atomically
 from bagssl.records import FOREIGN
 from bagssl.runs import Run, known, known_history, lines, list_runs, read_json
 from bagssl.study import claims, figures
@@ -55,12 +56,19 @@ def write_report(results: Path | None = None) -> Path:
         raise InputError(f"there are no results in {root}; `bagssl reproduce` makes them")
     verdicts = (claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING)
     page = figures.render("report.html.j2", Path(__file__).parent, profiles=profiles, verdicts=verdicts,
-                          paper=figures.paper_values().to_dict("records"))  # fmt: skip
+                          links=_links(root), paper=figures.paper_values().to_dict("records"))  # fmt: skip
     drawn = figures.render("curves.html.j2", Path(__file__).parent, places=_places(root, list(folders)))
     for name, text in (("curves.html", drawn), ("index.html", page)):
         with write_atomically(root / name) as path:
             path.write_text(text, encoding="utf-8")
     return root / "index.html"
+
+
+def _links(root: Path) -> dict[str, str]:
+    """Of the pages beside this one those that are there: words -> path from `root`."""
+    docs = home() / "build" / "docs" / "index.html"
+    pages = {"what we learnt": root / "README.md", "the notebooks and the code": docs}
+    return {words: os.path.relpath(path, root) for words, path in pages.items() if path.exists()}
 
 
 def _profile(root: Path, name: str, experiments: list[dict[str, Any]]) -> dict[str, Any]:
