@@ -26,7 +26,7 @@ MACHINES = [
     {"sys_platform": system, "python_version": python, "python_full_version": f"{python}.0"}
     for system, python in itertools.product(("linux", "darwin"), ("3.11", "3.12", "3.13"))
 ]
-UNLOCKED = ("trackio", "wandb")  # extras: what they ask for would hold back what the lock has, or weigh more than they are worth there
+UNLOCKED = ("trackio", "wandb")  # extras: they would hold back what the lock has, or weigh much for few
 CONDA_NAMES = {"playwright": "playwright-python", "torch": "pytorch"}
 IMPORT_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython", "sklearn": "scikit-learn"}
 CORE = ("data", "trees", "patches", "encoders", "objectives", "pretraining", "bags", "probes", "runs", "evaluation")
