@@ -9,8 +9,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bagssl import records, runs
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, nearest
@@ -47,17 +45,6 @@ def find(name: str, *, record: bool = True) -> Run:
 
 def _close(name: str, names: Sequence[str]) -> bool:
     return nearest(name, names).startswith("did")
-
-
-def checkpoint(run: Run) -> dict[str, Any]:
-    """What a training has left on its way, without reading its tensors; {} where there is none that can be read."""
-    path = run.path / "checkpoint.pt"
-    return known(lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True), {})
-
-
-def history(run: Run) -> list[dict[str, float]]:
-    """Its rows so far; [] for what cannot be read."""
-    return known(lambda: run.history if run.finished else checkpoint(run)["history"], [])
 
 
 # ---- settings
@@ -152,7 +139,7 @@ def _about(run: Run) -> Iterator[tuple[str, str]]:
     yield "machine", known(lambda: _machine(run))
     yield "crops", known(lambda: _crops(run))
     yield "final", known(lambda: ", ".join(f"{name} {value:.4g}" for name, value in run.metrics["final"].items()))
-    yield "loss", curve([row.get("loss", math.nan) for row in history(run)])
+    yield "loss", curve([row.get("loss", math.nan) for row in runs.known_history(run)])
     yield "on disk", f"{size(run):,} bytes" + known(lambda: _weights(run))
     yield "lies in", _place(run)
     yield "load", f'bagssl.load("{run.path.name}")' if run.finished else "not yet: train it to its end"

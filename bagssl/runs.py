@@ -208,7 +208,7 @@ def _state(run: Run, config: Any, metrics: Any) -> str:
         return f"has lost {' and '.join(run.lost)}{crops}"
     if not (run.path / "checkpoint.pt").exists():
         return "not started, or not yet at its first checkpoint"
-    step = known(lambda: int(_checkpoint(run)["step"]), None)
+    step = known(lambda: int(checkpoint(run)["step"]), None)
     if step is None:
         return "its checkpoint cannot be read"
     row = known(lambda: known_history(run)[-1])
@@ -216,13 +216,14 @@ def _state(run: Run, config: Any, metrics: Any) -> str:
     return f"stopped or in training, saved at step {step}{steps}"
 
 
-def _checkpoint(run: Run) -> dict[str, Any]:
+def checkpoint(run: Run) -> dict[str, Any]:
+    """What a training has left on its way; raises whatever torch does where there is none that can be read."""
     return torch.load(run.path / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
 
 
 def known_history(run: Run) -> list[dict[str, float]]:
     """Of a finished run, or of one at its checkpoint; empty where it cannot be read."""
-    return known(lambda: run.history if run.finished else _checkpoint(run)["history"], [])
+    return known(lambda: run.history if run.finished else checkpoint(run)["history"], [])
 
 
 # ---- finding, writing and reading runs

@@ -50,7 +50,7 @@ def state(run: Run) -> tuple[str, float | None]:
     if run.finished:
         return "finished", None
     held = holder(run)
-    about, path = details.checkpoint(run), run.path / "checkpoint.pt"
+    about, path = known(lambda: runs.checkpoint(run), {}), run.path / "checkpoint.pt"
     age = known(lambda: max(0.0, time.time() - path.stat().st_mtime), None)
     if held is None:
         saved = f"saved at step {about['step']:,}; the next call goes on" if "step" in about else "nothing saved"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from bagssl import cli, data, details, locks, runs, tending
+from bagssl import cli, data, locks, runs, tending
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, Stopped
 from bagssl.pretraining import pretrain
@@ -183,7 +183,7 @@ def test_a_run_in_training_is_left(locks, monkeypatch, request, capsys):
     if locks == "system":
         with pytest.raises(Stopped, match="still being trained"):
             tending.remove(run)
-    assert details.checkpoint(run)["step"] == 3
+    assert runs.checkpoint(run)["step"] == 3
 
 
 def test_nothing_goes_from_a_record(store, made, monkeypatch, capsys):

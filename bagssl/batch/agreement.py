@@ -22,6 +22,7 @@ from PIL import Image
 
 from bagssl import runs
 from bagssl.errors import InputError
+from bagssl.parameters import notebook_cells
 from bagssl.records import FOREIGN
 from bagssl.runs import Run
 from bagssl.study import claims, comparison, figures, names
@@ -312,19 +313,15 @@ def _frames_differ(found: pd.DataFrame, again: pd.DataFrame) -> str:
 # ---- the executed notebook
 
 
-def outputs(notebook: Path) -> Iterator[dict[str, Any]]:
+def outputs(notebook: Path) -> list[dict[str, Any]]:
     """The outputs of an executed notebook. Raises InputError for one that cannot be read."""
-    try:
-        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-            yield from cell.get("outputs", ())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{notebook} is no notebook ({error})") from None
+    return [output for cell in notebook_cells(notebook) for output in cell.get("outputs", ())]
 
 
-def shown_tables(notebook: Path, tables: Mapping[str, str]) -> Iterator[str]:
+def shown_tables(outputs: Sequence[dict[str, Any]], tables: Mapping[str, str]) -> Iterator[str]:
     """Faults of the tables that an executed notebook shows, in each of their forms, by `tables`: name -> Markdown."""
     files = {name: markdown_rows(text)[0] for name, text in tables.items()}
-    for output in outputs(notebook):
+    for output in outputs:
         data = {kind: "".join(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
         text = data.get("text/markdown", "")
         if not re.fullmatch(r"(\|.*\|\n)+", text.rstrip("\n") + "\n"):
@@ -356,10 +353,10 @@ def _as_shown(rows: Rows, true: Rows) -> bool:
         for cell, other in zip(row, others, strict=True))
 
 
-def shown_figures(notebook: Path, pictures: Sequence[Path]) -> dict[Path, str]:
-    """Figure -> fault of those that an executed notebook does not show, by how they look: its own are smaller."""
+def shown_figures(name: str, outputs: Sequence[dict[str, Any]], pictures: Sequence[Path]) -> dict[Path, str]:
+    """Figure -> fault of those that the executed notebook `name` does not show, by their looks: its own are smaller."""
     found = []
-    for output in outputs(notebook):
+    for output in outputs:
         if picture := "".join(output.get("data", {}).get("image/png", "")):
             try:
                 found.append(_looks(io.BytesIO(base64.b64decode(picture))))
@@ -374,7 +371,7 @@ def shown_figures(notebook: Path, pictures: Sequence[Path]) -> dict[Path, str]:
             continue
         if found and not any(abs(form / other - 1) < STRETCH and np.corrcoef(mine, each)[0, 1] > ALIKE
                              for each, other in found):  # fmt: skip
-            faults[path] = f"{notebook.name} shows no such figure"
+            faults[path] = f"{name} shows no such figure"
     return faults
 
 
@@ -388,10 +385,10 @@ def _looks(source: Any, side: int = 160) -> tuple[np.ndarray, float]:
     return np.asarray(small, dtype=float).ravel(), (box[2] - box[0]) / (box[3] - box[1])
 
 
-def printed_verdicts(notebook: Path, verdicts: Callable[[], set[str]]) -> Iterator[str]:
-    """Faults of the verdicts that an executed notebook prints, a line each: `cifar10: C4 holds`."""
+def printed_verdicts(outputs: Sequence[dict[str, Any]], verdicts: Callable[[], set[str]]) -> Iterator[str]:
+    """Faults of the verdicts that an executed notebook prints, a line each, `cifar10: C4 holds`, by `verdicts`."""
     words = f"{claims.HOLDS}|{claims.FAILS}|{claims.UNDECIDED}"
-    for output in outputs(notebook):
+    for output in outputs:
         for line in "".join(output.get("text", "")).splitlines():
             if re.fullmatch(rf".+: C\d ({words})", line) and line not in verdicts():
                 yield f"it prints {line!r}, which its tables do not say"

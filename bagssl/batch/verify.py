@@ -7,6 +7,7 @@ cite. A hash says that a file is the one that was written; the rest, that it say
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -247,11 +248,11 @@ def _notebook(found: Verified, folder: Path, notebook: Path) -> None:
         return
     with _named(found, notebook):
         tables = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("tables/*.md"))}
-        faults = [*agreement.shown_tables(notebook, tables),
-                  *agreement.printed_verdicts(notebook, lambda: _verdicts(folder))]
+        outputs, verdicts = agreement.outputs(notebook), functools.cache(lambda: _verdicts(folder))
+        faults = [*agreement.shown_tables(outputs, tables), *agreement.printed_verdicts(outputs, verdicts)]
         found.told(notebook, "shows what the tables say", "; ".join(faults))
         shown = sorted(folder.glob("figures/*.png"))
-        wrong = agreement.shown_figures(notebook, shown)
+        wrong = agreement.shown_figures(notebook.name, outputs, shown)
         for path in shown:
             found.told(path, "as the notebook shows it", wrong.get(path))
 
