@@ -1,8 +1,10 @@
 """What can go wrong, in a few words; the command line turns each into an exit code, a notebook into one line."""
 
 import difflib
+import importlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 
 class OneLine(Exception):
@@ -41,6 +43,14 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """Known names, the one that was probably meant first in line: the second half of an error message."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def optional(package: str, needs: str, extra: str) -> Any:
+    """The module of a package that only an extra asks for. Raises InputError, `needs` and what to install, without."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"{needs}: pip install 'bagssl[{extra}]', or pip install {package}") from None
 
 
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ What was pulled is checked as any run is, and believed by its own hashes alone.
 """
 
 import contextlib
-import importlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 from bagssl import records, runs
 from bagssl.cards import CARD, card
 from bagssl.config import PretrainConfig
-from bagssl.errors import InputError
+from bagssl.errors import InputError, optional
 from bagssl.overview import choose, the_one
 from bagssl.paths import copy_folder, runs_root
 from bagssl.runs import HALF, WEIGHTS, Run
@@ -87,11 +86,7 @@ def _write(run: Run, repo: str, folder: Path) -> None:
 
 
 def _hub() -> Any:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise InputError("the hub needs huggingface_hub: pip install 'bagssl[hub]', or pip install huggingface_hub"
-                         ) from None  # fmt: skip
+    return optional("huggingface_hub", "the hub needs huggingface_hub", "hub")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bagssl.config import PretrainConfig
-from bagssl.errors import InputError, check_choice
+from bagssl.errors import InputError, check_choice, optional
 from bagssl.online import Online
 from bagssl.paths import LOGS
 from bagssl.ranks import rank
@@ -107,10 +107,7 @@ def _line(error: Exception) -> str:
 
 
 def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(f"{name} is not installed: pip install 'bagssl[{name}]', or pip install {name}") from None
+    return optional(name, f"{name} is not installed", name)
 
 
 # ---- each opened for a run: what it is told with, and what closes it

@@ -10,7 +10,6 @@ minute's.
 
 import contextlib
 import functools
-import importlib
 import math
 import os
 import signal
@@ -34,7 +33,7 @@ from bagssl.batch.stages import plan as plan_stage
 from bagssl.batch.stages import resolve, settings, state
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
-from bagssl.errors import InputError, Stopped, check_choice
+from bagssl.errors import InputError, Stopped, check_choice, optional
 from bagssl.paths import cores, results_root
 
 KINDS = ("slurm", "local")
@@ -280,10 +279,7 @@ def _least(job: Job) -> str:
 
 
 def _submitit() -> Any:
-    try:
-        return importlib.import_module("submitit")
-    except ImportError:
-        raise InputError("--cluster needs submitit: pip install 'bagssl[cluster]', or pip install submitit") from None
+    return optional("submitit", "--cluster needs submitit", "cluster")
 
 
 def _options(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -1,13 +1,12 @@
 """The pages of the code, by `make docs`: those of the modules, from their docstrings, and the committed notebooks."""
 
 import ast
-import importlib
 import os
 import re
 from pathlib import Path
 
 from bagssl.batch.report import inline, notebook_page
-from bagssl.errors import InputError
+from bagssl.errors import InputError, optional
 from bagssl.parameters import notebook_cells
 from bagssl.paths import home, write_atomically
 from bagssl.study import figures
@@ -22,10 +21,7 @@ def write_docs(folder: Path | None = None) -> Path:
     Raises InputError where pdoc is absent, or there is no checkout with notebooks.
     """
     folder = Path(folder or home() / "build" / "docs")
-    try:
-        pdoc = importlib.import_module("pdoc")
-    except ImportError:
-        raise InputError("the pages of the code are made by pdoc: pip install 'bagssl[docs]'") from None
+    pdoc = optional("pdoc", "the pages of the code are made by pdoc", "docs")
     paths = sorted((home() / "notebooks").glob("*.ipynb"))
     if not paths:
         raise InputError(f"{home()} has no notebooks: `bagssl docs` needs a checkout")
