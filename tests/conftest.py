@@ -10,6 +10,7 @@ _threads = str(min(2, int(os.environ.get("OMP_NUM_THREADS") or 2)))
 os.environ.update(OMP_NUM_THREADS=_threads, MKL_NUM_THREADS=_threads, OPENBLAS_NUM_THREADS=_threads)
 
 import matplotlib
+import matplotlib.pyplot
 import pytest
 import torch
 
@@ -30,6 +31,13 @@ def pytest_collection_modifyitems(items):
 def same_draws():
     """What a test draws does not depend on the tests before it, which differ from process to process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    """Matplotlib warns of the 21st open figure: of those of all tests that a process has done."""
+    yield
+    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture(autouse=True)

@@ -135,7 +135,7 @@ def run_cells(notebook: Path, parameters: Mapping[str, Any]) -> None:
         sys.modules.pop("IPython.display")
         if usual is not None:
             sys.modules["IPython.display"] = usual
-    matplotlib.pyplot.close("all")
+        matplotlib.pyplot.close("all")
 
 
 def _main() -> int:

@@ -37,7 +37,6 @@ def styled():
     with plt.rc_context():
         figures.style()
         yield
-    plt.close("all")
 
 
 def test_comparison_table_has_each_arm_once_and_one_bold_cell_per_probe_and_objective():

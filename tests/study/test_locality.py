@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -409,4 +408,3 @@ def test_pictures_mark_the_patches_and_lay_the_maps_where_their_centres_are():
     assert (left + right) / 2 == (bottom + top) / 2 == 5.5  # the centre of the image, in pixels from 0 to 11
     assert (left + 1, right - 1) == (2.5, 8.5)  # the centres of the first patch and of the last
     np.testing.assert_array_equal(axis.images[1].get_array(), maps["h"][1])
-    plt.close("all")

@@ -190,7 +190,6 @@ def styled():
     with plt.rc_context(), warnings.catch_warnings(), mock.patch.object(names, "_told", set()):
         figures.style()
         yield
-    plt.close("all")
 
 
 def titled(name: str) -> plt.Figure:
@@ -244,7 +243,6 @@ def test_a_letter_that_the_first_font_lacks_is_taken_from_one_that_has_it(tmp_pa
             figures.style()
             figures.save_figure(titled(name), tmp_path, "name")
             figures.save_figure(titled(name), tmp_path, "again")
-        plt.close("all")
         return b"".join((tmp_path / "figures" / f"name.{suffix}").read_bytes() for suffix in ("png", "pdf"))
 
     lacking, serif = "\u1d15", ("No Font At All", "DejaVu Serif")  # matplotlib brings both fonts of DejaVu
@@ -265,7 +263,6 @@ def test_a_fallback_without_bold_letters_is_no_matter(tmp_path, caplog, monkeypa
         assert matplotlib.rcParams["font.family"][1:] == ["cmsy10"]
         figures.save_figure(titled("horse"), tmp_path, "name")  # its heading is bold
         assert caplog.messages == []
-    plt.close("all")
 
 
 def test_another_warning_stays_a_warning():
