@@ -12,7 +12,7 @@ from typing import Any
 from bagssl import records, runs
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, nearest
-from bagssl.paths import write_atomically
+from bagssl.paths import write_text
 from bagssl.runs import Run, known, machine
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -254,5 +254,4 @@ def write_csv(path: str | Path, chosen: Sequence[Run], rows: Sequence[tuple[str,
     """Write what `compare` found as a table: section, name, and a column for each run."""
     stream = io.StringIO(newline="")
     csv.writer(stream, lineterminator="\n").writerows([("section", "name", *(run.path.name for run in chosen)), *rows])
-    with write_atomically(path) as temporary:
-        temporary.write_text(stream.getvalue(), encoding="utf-8", newline="")
+    write_text(path, stream.getvalue())

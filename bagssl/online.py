@@ -21,7 +21,7 @@ from bagssl.data import gather
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError, check_choice
 from bagssl.patches import centre_crop
-from bagssl.paths import ONLINE, write_atomically
+from bagssl.paths import ONLINE, write_text
 from bagssl.probes import vote
 from bagssl.runs import Run
 
@@ -145,5 +145,4 @@ def _write(run: Run, rows: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(table, _COLUMNS)
     writer.writeheader()
     writer.writerows(rows)
-    with write_atomically(run.path / ONLINE) as path:
-        path.write_text(table.getvalue(), encoding="utf-8", newline="")
+    write_text(run.path / ONLINE, table.getvalue())

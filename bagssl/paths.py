@@ -163,6 +163,12 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write a file as UTF-8, its ends of lines as they are, by `write_atomically`, whose errors it raises."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
 def _new_file(path: Path) -> tuple[Path, int]:
     """A hidden file beside `path` and its handle; held until we end, however that is: `sweep` leaves it alone."""
     while True:

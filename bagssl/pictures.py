@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from bagssl.catalogue import one_line, refusal, root_of
 from bagssl.errors import InputError
-from bagssl.paths import write_atomically
+from bagssl.paths import write_text
 
 SPARE = 2  # pixels of a reduced JPEG for each that is asked for: with fewer a decoder's way to reduce shows
 NAMED = 6  # pictures that cannot be read, in a line
@@ -146,9 +146,7 @@ def skip_unreadable(wrong: Sequence[tuple[str, str]], beside: Path, skip: bool) 
     if not wrong:
         return ""
     if skip or len(wrong) > NAMED:
-        with write_atomically(beside) as temporary:
-            text = "".join(f"{one_line(name)}\t{one_line(reason)}\n" for name, reason in wrong)
-            temporary.write_text(text, encoding="utf-8")
+        write_text(beside, "".join(f"{one_line(name)}\t{one_line(reason)}\n" for name, reason in wrong))
     if skip:
         return f"; {len(wrong):,} that cannot be read are left out, and named in {beside}"
     others = ", ".join([*(name for name, _ in wrong[1:NAMED]), *["..."] * (len(wrong) > NAMED)])

@@ -15,7 +15,7 @@ from pathlib import Path
 from bagssl import runs
 from bagssl.cards import CARD, card
 from bagssl.errors import InputError
-from bagssl.paths import LOGS, ONLINE, RECORDED, copy_folder, home, runs_root, write_atomically
+from bagssl.paths import LOGS, ONLINE, RECORDED, copy_folder, home, runs_root, write_atomically, write_text
 from bagssl.runs import HALF, MARK, WEIGHTS, Run
 
 LARGE = 4 * 2**20  # bytes of weights that a checkout need not carry
@@ -94,8 +94,7 @@ def keep(path: Path, folder: Path, whole: bool) -> None:
     run = Run(path)
     if not (path / MARK).exists():
         return
-    with write_atomically(folder / CARD) as temporary:
-        temporary.write_text(card(run), encoding="utf-8")
+    write_text(folder / CARD, card(run))
     if run.config["training"] == "untrained":
         return
     with contextlib.suppress(FileNotFoundError):  # its weights may be elsewhere

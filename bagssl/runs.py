@@ -41,7 +41,7 @@ from safetensors.torch import load, save
 from bagssl import curves
 from bagssl.errors import InputError, Stopped, shortage
 from bagssl.locks import guarding, lock_at
-from bagssl.paths import HALF, MARK, WEIGHTS, cores, home, runs_root, write_atomically
+from bagssl.paths import HALF, MARK, WEIGHTS, cores, home, runs_root, write_atomically, write_text
 from bagssl.progress import notice
 
 # Raised when the meaning of training changes, so that old runs are not taken for new ones.
@@ -368,9 +368,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write names and values with the SHA-256 of them all, by which `read_json` knows damage."""
-    with write_atomically(path) as temporary:
-        whole = {**content, "sha256": _digest_of(content)}
-        temporary.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    whole = {**content, "sha256": _digest_of(content)}
+    write_text(path, json.dumps(whole, indent=2, sort_keys=True) + "\n")
 
 
 def _digest(content: bytes) -> str:

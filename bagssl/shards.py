@@ -33,7 +33,7 @@ from bagssl.catalogue import FORMAT, SPLITS, cache, damaged, index_of, one_line,
 from bagssl.errors import InputError
 from bagssl.layouts import Folder
 from bagssl.locks import guarding, lock_at
-from bagssl.paths import cores, write_atomically
+from bagssl.paths import cores, write_atomically, write_text
 from bagssl.progress import notice, progress_bar
 
 SHARD = 2**26  # bytes of pixels in a shard, at most
@@ -268,8 +268,7 @@ def _finish(name: str, root: Path | None, shards: Sequence[Shard], classes: tupl
         part["fingerprint"] = _fingerprint(size, classes, part["shards"])
     about = {"format": catalogue.SHARDED, "name": name, "classes": list(classes), "source": source, "size": size,
              "skipped": len(wrong), "splits": splits}  # fmt: skip
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(about | {"sha256": catalogue.digest_of(about)}), encoding="utf-8")
+    write_text(path, json.dumps(about | {"sha256": catalogue.digest_of(about)}))
     cache(name, root).unlink(missing_ok=True)
     for left in set(path.parent.glob("*.safetensors")) - {shard.path for shard in shards}:
         left.unlink()

@@ -37,6 +37,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """The words of each command that stands in `code`, or on an indented line, without its comment."""
     indented = re.findall(r"^    (\S.*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
     for line in re.findall(r"`([^`\n]+)`", text) + indented:
+        line = re.sub(r"^(\w+=\S* )+", "", line)  # the environment
         words = re.split(r"[\s\[\]]+", re.sub(r'"[^"]*"', "", line.partition(" #")[0]).strip(" []"))
         if words[0] == "torchrun" and "bagssl.cli" in words:
             words = ["bagssl", *words[words.index("bagssl.cli") + 1 :]]

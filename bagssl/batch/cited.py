@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from bagssl.errors import InputError
-from bagssl.paths import write_atomically
+from bagssl.paths import write_text
 from bagssl.study import figures
 
 TEXTS = ("README.md", "results/README.md")  # of a checkout
@@ -26,8 +26,7 @@ def refresh(path: Path) -> list[str]:
     """Bring what a text cites up to date, in its file; what was otherwise before, each in a line, as of `cite`."""
     text, changed = cite(path)
     if changed:
-        with write_atomically(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     return changed
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from bagssl.batch.report import inline, notebook_page
 from bagssl.errors import InputError, optional
 from bagssl.parameters import notebook_cells
-from bagssl.paths import home, write_atomically
+from bagssl.paths import home, write_text
 from bagssl.study import figures
 
 STOREYS = {"": "the method", "study": "what the notebooks measure and show", "batch": "what executes notebooks",
@@ -28,16 +28,12 @@ def write_docs(folder: Path | None = None) -> Path:
     pdoc.render.configure(math=False, show_source=True, footer_text="bagssl")
     pdoc.pdoc("bagssl", output_directory=folder / "api")
     for path in paths:
-        _write(folder / "notebooks" / f"{path.stem}.html", _led(notebook_page(path), path.parent, folder / "notebooks"))
+        page = folder / "notebooks" / f"{path.stem}.html"
+        write_text(page, _led(notebook_page(path), path.parent, page.parent))
     titles = [(path.stem, _title(path)) for path in paths]
     page = figures.render("docs.html.j2", Path(__file__).parent, notebooks=titles, storeys=_modules())
-    _write(folder / "index.html", page)
+    write_text(folder / "index.html", page)
     return folder / "index.html"
-
-
-def _write(path: Path, text: str) -> None:
-    with write_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _led(page: str, here: Path, there: Path) -> str:

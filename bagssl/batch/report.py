@@ -31,7 +31,7 @@ from bagssl import curves, online, overview
 from bagssl.batch.experiments import PROFILES
 from bagssl.errors import InputError
 from bagssl.parameters import notebook_cells
-from bagssl.paths import cores, home, results_root, runs_root, write_atomically
+from bagssl.paths import cores, home, results_root, runs_root, write_text
 from bagssl.records import FOREIGN
 from bagssl.runs import Run, known, known_history, lines, list_runs, read_json
 from bagssl.study import claims, figures
@@ -59,8 +59,7 @@ def write_report(results: Path | None = None) -> Path:
                           links=_links(root), paper=figures.paper_values().to_dict("records"))  # fmt: skip
     drawn = figures.render("curves.html.j2", Path(__file__).parent, places=_places(root, list(folders)))
     for name, text in (("curves.html", drawn), ("index.html", page)):
-        with write_atomically(root / name) as path:
-            path.write_text(text, encoding="utf-8")
+        write_text(root / name, text)
     return root / "index.html"
 
 
@@ -157,8 +156,7 @@ def _experiment(folder: Path) -> dict[str, Any]:
     provenance, notebook = read_json(folder / "provenance.json"), folder / f"{folder.name}.ipynb"
     story, page = _story(notebook), notebook.with_suffix(".html")
     if notebook.exists() and not page.exists():
-        with write_atomically(page) as path:
-            path.write_text(notebook_page(notebook), encoding="utf-8")
+        write_text(page, notebook_page(notebook))
     dataset = next(iter(provenance.get("data") or {}), "")
     artefact = folder.name.removesuffix(f"-{dataset}")
     shown = [path for path in sorted(folder.glob("tables/*.md")) if not path.stem.startswith("claim_c")]

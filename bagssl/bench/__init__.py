@@ -22,7 +22,7 @@ from bagssl.bench.race import Machine
 from bagssl.bench.ranks import processes
 from bagssl.bench.training import augmentation, compiled, native_size, online, training, utilisation
 from bagssl.errors import InputError, Stopped
-from bagssl.paths import results_root, write_atomically
+from bagssl.paths import results_root, write_text
 from bagssl.study import figures
 
 ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
@@ -66,8 +66,7 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
         if output or not quick:
             path.parent.mkdir(parents=True, exist_ok=True)
             runs.write_json(path, record)
-            with write_atomically(path.with_suffix(".md")) as shown:
-                shown.write_text(figures.markdown(table(record)), encoding="utf-8")
+            write_text(path.with_suffix(".md"), figures.markdown(table(record)))
     return path
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from bagssl.errors import InputError
-from bagssl.paths import write_atomically
+from bagssl.paths import write_text
 from bagssl.runs import machine, read_json
 from bagssl.study import figures, names
 
@@ -414,9 +414,7 @@ def write_ledger(results: Path, profile: str) -> pd.DataFrame:
              for row in found.itertuples()]  # fmt: skip
     silent = ["table", "notebook", *(name for name in (ENCODER, FORMER) if not found[name].any())]
     shown = found.drop(columns=silent).assign(evidence=links).replace("", figures.DASH)
-    with write_atomically(Path(results) / profile / "claims.csv") as path:
-        found.to_csv(path, index=False, lineterminator="\n")
-    with write_atomically(Path(results) / profile / "claims.md") as path:
-        path.write_text(f"# The claims, profile {profile}\n\n{figures.markdown(shown, ['evidence'])}",
-                        encoding="utf-8")  # fmt: skip
+    page = f"# The claims, profile {profile}\n\n{figures.markdown(shown, ['evidence'])}"
+    for name, text in (("claims.csv", found.to_csv(index=False, lineterminator="\n")), ("claims.md", page)):
+        write_text(Path(results) / profile / name, text)
     return found

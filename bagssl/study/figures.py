@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bagssl.errors import InputError
-from bagssl.paths import write_atomically
+from bagssl.paths import write_atomically, write_text
 from bagssl.study import names, prints
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -189,8 +189,7 @@ def write_table(frame: pd.DataFrame, folder: Path, name: str, table: pd.DataFram
     contents = {"csv": frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
                 "md": markdown(shown), "tex": latex(shown)}
     for suffix, content in contents.items():
-        with write_atomically(Path(folder) / "tables" / f"{name}.{suffix}") as path:
-            path.write_text(content, encoding="utf-8")
+        write_text(Path(folder) / "tables" / f"{name}.{suffix}", content)
 
 
 def paper_values() -> pd.DataFrame:
