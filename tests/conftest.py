@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# `make test &` in a script has Ctrl-C ignored, by all that is started from here, too: some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before numpy and torch start their thread pools; notebooks' kernels and other subprocesses inherit it. The same number
 # for all: two threads of MKL in each of two processes that OpenMP has told to use one slow both down tenfold.
