@@ -13,7 +13,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _threads = str(min(2, int(os.environ.get("OMP_NUM_THREADS") or 2)))
 os.environ.update(OMP_NUM_THREADS=_threads, MKL_NUM_THREADS=_threads, OPENBLAS_NUM_THREADS=_threads)
 
-import matplotlib
 import matplotlib.pyplot
 import pytest
 import torch

@@ -54,8 +54,8 @@ def unknown(words: list[str]) -> list[str]:
         branches = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
         if branches and not word.startswith("-"):
             chosen = [each for each in word.split("|") if each != "…"]
-            if wrong := [each for each in chosen if each not in branches[0].choices]:
-                break
+            if strange := [each for each in chosen if each not in branches[0].choices]:
+                return wrong + strange
             parser = branches[0].choices[chosen[0]] if chosen else parser
         elif word.startswith("--") and word.partition("=")[0] not in parser._option_string_actions:
             wrong.append(word)
@@ -84,3 +84,4 @@ def test_of_a_command_what_is_not_known_is_named():
     assert named("`bagssl reprodcue X`, `bagssl runs list|shwo`, `make lba`") == ["reprodcue", "shwo", "lba"]
     assert named("    bagssl reproduce X --profile laptop --jbos 2  # --no matter\n") == ["--jbos"]
     assert named("    torchrun -m bagssl.cli pretrain --objectve tcr\n`make lab LAB=x`") == ["--objectve"]
+    assert named("`bagssl --loud runs list`") == ["--loud"]
