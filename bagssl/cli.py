@@ -323,4 +323,8 @@ def _say(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if launched() > 1:
+        from bagssl.distributed import leave
+        leave(code)
+    sys.exit(code)

@@ -9,6 +9,7 @@ The others wait for it by asking torchrun's key-value store, as long as that tak
 comes within $BAGSSL_TIMEOUT seconds (300), or all end. In a process that is alone nothing here does anything.
 """
 
+import atexit
 import contextlib
 import functools
 import io
@@ -17,11 +18,12 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -170,6 +172,17 @@ def speaks() -> bool:
         return _root().add("bagssl/said", 1) == 1
     except (RuntimeError, InputError):
         return rank() == 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit` does, but for the interpreter's taking apart, which one of several is not to
+    begin: gloo's threads may come to need it then, and would abort a process whose work is done.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # who read it may be gone
+            stream.flush()
+    os._exit(code)
 
 
 # ---- training together

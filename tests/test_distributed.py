@@ -467,6 +467,23 @@ def test_an_evaluation_that_is_ended_ends_all_and_keeps_what_was_measured(root, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+@pytest.mark.parametrize("how", ["distributed.leave(3)", "sys.exit(3)"])
+def test_one_of_several_leaves_before_the_interpreter_is_taken_apart(how):
+    code = f"""
+import atexit, os, sys
+from bagssl import distributed
+class Late:
+    def __del__(self, write=os.write): write(2, b"late")
+late = Late()
+atexit.register(print, "registered")
+print("said")
+{how}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "said\nregistered\n")
+    assert done.stderr == ("late" if "exit" in how else "")
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_code_130_and_a_lock_is_waited_for_longer_than_a_peer(root):
     config = PretrainConfig(**{**TINY, "objective": "simclr", "epochs": 50})
     run = runs.open_run(config.to_dict(), load("synthetic", "train").fingerprint, config.label)
@@ -556,6 +573,6 @@ def test_an_error_that_all_share_survives_its_way():
 
 if __name__ == "__main__":
     if sys.argv[1] == "world":
-        as_one_of_several(Path(sys.argv[2]))
+        distributed.leave(as_one_of_several(Path(sys.argv[2])) or 0)
     else:
-        sys.exit(as_a_command(sys.argv[2], sys.argv[3:]))
+        distributed.leave(as_a_command(sys.argv[2], sys.argv[3:]))
