@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ def broken(path: Path) -> list[str]:
         if not target.exists() or (anchor and anchor not in headings(target.read_text(encoding="utf-8"))):
             found.append(link)
     return found
+
+
+def absent(text: str) -> list[str]:
+    """The files of the package and the notebooks that a text names in `code`, and that are not there."""
+    named = re.findall(r"`((?:bagssl|notebooks)/[\w./-]+\.\w+)`", text)
+    return [each for each in named if not (ROOT / each).exists()]
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -68,6 +75,14 @@ def test_no_link_of_a_text_is_broken(name, tmp_path):
     other = tmp_path / "other.md"
     other.write_text("# A title, *with* signs\n[x](nowhere.md) [y](#a-title-with-signs) [z](#a-title) [w](https://w.org)")
     assert broken(other) == ["nowhere.md", "#a-title"]
+
+
+def test_files_that_texts_and_notebooks_name_are_there():
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in TEXTS]
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        texts += ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    assert absent("\n".join(texts)) == []
+    assert absent("`bagssl/config.py` or `bagssl/paper_values.csv`") == ["bagssl/paper_values.csv"]
 
 
 @pytest.mark.parametrize("name", TEXTS)
