@@ -17,7 +17,7 @@ from bagssl.bench.training import native_size, online, training
 from bagssl.encoders import build_encoder
 from bagssl.errors import InputError, Stopped
 from bagssl.online import Online
-from bagssl.study import figures
+from bagssl.study import tables
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_rows_are_measured_shown_and_kept(tmp_path, capsys):
     assert row["rounds"] == ROUNDS and row["ratio"] > 0 and row["dataset"] == "synthetic" and "commit" in row
     assert "TCR" in capsys.readouterr().out
     table = bench.table(json.loads(path.read_text()))
-    assert path.with_suffix(".md").read_text() == figures.markdown(table)
+    assert path.with_suffix(".md").read_text() == tables.markdown(table)
     assert list(table["asked"]) == ["20"] and table["value"][0].startswith(f"{row['ratio']:.3g} × (")
 
 

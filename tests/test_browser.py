@@ -242,7 +242,7 @@ def test_the_lab_shows_a_failure(page, lab):
 
 def test_the_lab_lets_the_keys_move_the_slider(page, lab):
     write_notebook(lab[0] / "slider.ipynb", """from bagssl import data, encoders
-from bagssl.study import explore
+from bagssl.study import explore, tables
 train, test = (data.subset(data.load("synthetic", split), 60) for split in ("train", "test"))
 explore.growing_bags(encoders.build_encoder("resnet10", 8), train, test, [0, 1], range(1, 6), scale=0.2, size=8)""")
     open_notebook(page, lab, "slider.ipynb")
@@ -259,9 +259,9 @@ def test_the_lab_shows_names_as_they_are(page, lab):
     """JupyterLab sets what stands between dollars, in Markdown and in HTML, as a formula."""
     write_notebook(lab[0] / "names.ipynb", """import pandas as pd
 from IPython.display import Markdown, display
-from bagssl.study import figures, names
+from bagssl.study import figures, names, tables
 name = r"costs $5 or $6 \\(x\\) \\begin{align}y\\end{align} *a*"
-display(figures.Table(pd.DataFrame({"choice": [name]})), Markdown(f"- {names.plain(name)}"))
+display(tables.Table(pd.DataFrame({"choice": [name]})), Markdown(f"- {names.plain(name)}"))
 Markdown("it costs $5 or $6")""")
     open_notebook(page, lab, "names.ipynb")
     run_all(page, lab, "names.ipynb")
@@ -333,13 +333,13 @@ def test_what_a_notebook_shows_is_legible_in_each_theme(page, lab, theme):
     write_notebook(lab[0] / "theme.ipynb", """from pathlib import Path
 from bagssl import data, encoders
 from bagssl.config import PretrainConfig
-from bagssl.study import claims, comparison, explore, figures
+from bagssl.study import claims, comparison, explore, figures, tables
 figures.style()
 train, test = (data.subset(data.load("synthetic", split), 60) for split in ("train", "test"))
 recipe = {"width": 8, "size": 8, "batch_size": 16, "views": 2, "epochs": 3}
 runs = comparison.train_all(comparison.arms(["simclr"], [0], recipe, {}), train)
 runs[0]""", """measured = comparison.measure_all(runs, train, test, [0, 1, 4], scale=0.2)
-figures.Table(comparison.over_seeds(measured))""", """figures.accuracy_against_k(comparison.over_seeds(measured));""",
+tables.Table(comparison.over_seeds(measured))""", """figures.accuracy_against_k(comparison.over_seeds(measured));""",
                    """reading = comparison.gains(measured, [0, 1, 4], len(test))
 claims.write_evidence(Path("out"), "C2", comparison.evidence(reading, "synthetic"))""",
                    """explore.growing_bags(encoders.build_encoder("resnet10", 8), train, test, [0], range(1, 6),

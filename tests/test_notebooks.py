@@ -67,7 +67,7 @@ def test_every_notebook_has_the_shape_of_the_house(notebook):
     assert cells[0].source.startswith("# ") and "*Cost:*" in cells[0].source and "*Paper artefact:*" in cells[0].source
     assert [cell.metadata.get("tags") for cell in cells].count(["parameters"]) == 1
     assert sum("## What it says" in source for source in text) == 1
-    assert cells[-1].source.startswith("figures.Table(comparison.provenance(")
+    assert cells[-1].source.startswith("tables.Table(comparison.provenance(")
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert outputs and not any(output.output_type == "error" for output in outputs)
     assert all(cell.execution_count for cell in cells if cell.cell_type == "code"), "executed, from top to bottom"
@@ -129,7 +129,7 @@ def test_every_notebook_checks_its_parameters_first(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.metadata.get("tags") for cell in code[:2]] == [["install"], ["parameters"]]
     assert "check_parameters(globals())" in code[2].source
-    assert code[-1].source.startswith("figures.Table(comparison.provenance(")
+    assert code[-1].source.startswith("tables.Table(comparison.provenance(")
     assert re.search(r", parameters(,\s+opened=True)?\)\)$", code[-1].source)
 
 

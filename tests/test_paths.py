@@ -33,7 +33,7 @@ from bagssl.config import PretrainConfig
 from bagssl.errors import InputError
 from bagssl.paths import write_atomically
 from bagssl.pretraining import pretrain
-from bagssl.study import comparison, figures
+from bagssl.study import comparison, figures, tables
 
 KILLED = 137
 # what changes the disk: Python reports each of these before it happens
@@ -130,7 +130,7 @@ def killed_at_every_change(work, before: Path, folder: Path, check=lambda: None)
 
 
 def a_table(folder: Path) -> None:
-    figures.write_table(pd.DataFrame({"k": range(100), "accuracy": [0.5] * 100}), folder, "accuracy")
+    tables.write_table(pd.DataFrame({"k": range(100), "accuracy": [0.5] * 100}), folder, "accuracy")
 
 
 def a_figure(folder: Path) -> None:

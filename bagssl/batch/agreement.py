@@ -25,12 +25,12 @@ from bagssl.errors import InputError
 from bagssl.parameters import notebook_cells
 from bagssl.records import FOREIGN
 from bagssl.runs import Run
-from bagssl.study import claims, comparison, figures, names
+from bagssl.study import claims, comparison, names, tables
 
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 DIGITS = 1e-5  # of a number in a .csv, as a share of it, what its six digits leave open
 ALIKE, STRETCH = 0.4, 0.05  # least correlation of a figure with itself at another resolution; most change of its form
-EMPTY = ("", figures.DASH, "None", "nan")
+EMPTY = ("", tables.DASH, "None", "nan")
 Rows = list[list[str]]
 
 
@@ -142,7 +142,7 @@ def rounded(text: str, value: float) -> bool:
 
 def _shows(cell: str, true: str) -> bool:
     """Whether a cell in Markdown is this one of a .csv, or that one rounded."""
-    if cell in (true, names.line(true), figures.title(true)) or (cell in EMPTY and true in EMPTY):
+    if cell in (true, names.line(true), tables.title(true)) or (cell in EMPTY and true in EMPTY):
         return True
     return all(NUMBER.fullmatch(each) for each in (cell, true)) and rounded(cell, float(true))
 
@@ -153,7 +153,7 @@ def _as_comparison(frame: pd.DataFrame, cells: Rows) -> str:
         scaled = frame.assign(accuracy_mean=frame["accuracy_mean"] * factor,
                               accuracy_std=frame["accuracy_std"].astype(float) * factor)  # fmt: skip
         feature = "h" if "h" in set(frame["feature"]) else frame["feature"].iloc[0]
-        made.append(markdown_rows(figures.markdown(figures.comparison_table(scaled, feature)))[0])
+        made.append(markdown_rows(tables.markdown(tables.comparison_table(scaled, feature)))[0])
     if [len(row) for row in cells] != [len(row) for row in made[0]]:
         return "other rows or columns than its .csv gives"
     wrong = ((cell, ours[0]) for row, *others in zip(cells, *made, strict=True)
@@ -343,7 +343,7 @@ def shown_tables(outputs: Sequence[dict[str, Any]], tables: Mapping[str, str]) -
 
 def _labels(rows: Rows) -> Rows:
     """The head, and what begins the rows: by these a table is known."""
-    return [rows[0], [figures.title(row[0]) for row in rows[1:] if row]]
+    return [rows[0], [tables.title(row[0]) for row in rows[1:] if row]]
 
 
 def _as_shown(rows: Rows, true: Rows) -> bool:

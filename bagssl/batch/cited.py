@@ -15,7 +15,7 @@ import pandas as pd
 
 from bagssl.errors import InputError
 from bagssl.paths import write_text
-from bagssl.study import figures
+from bagssl.study import tables
 
 TEXTS = ("README.md", "results/README.md")  # of a checkout
 CITED = re.compile(r'\[(?P<shown>[^\[\]]*)\]\((?P<path>[^()\s]+\.csv)\s+"(?P<how>[^"]*)"\)')
@@ -63,8 +63,8 @@ def _number(path: Path, match: re.Match[str]) -> str:
 def _table(path: Path, match: re.Match[str]) -> str:
     shown = match["shown"].splitlines(keepends=True)
     if path.suffix == ".csv":
-        table = pd.read_csv(path, keep_default_na=False).replace("", figures.DASH)
-        return figures.markdown(table[_cells(shown[0])] if shown else table)
+        table = pd.read_csv(path, keep_default_na=False).replace("", tables.DASH)
+        return tables.markdown(table[_cells(shown[0])] if shown else table)
     true = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if path.parent.name == "bench" and shown:
         wanted = {_cells(row)[0] for row in shown}

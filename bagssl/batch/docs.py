@@ -9,7 +9,7 @@ from bagssl.batch.report import inline, notebook_page
 from bagssl.errors import InputError, optional
 from bagssl.parameters import notebook_cells
 from bagssl.paths import home, write_text
-from bagssl.study import figures
+from bagssl.study import tables
 
 STOREYS = {"": "the method", "study": "what the notebooks measure and show", "batch": "what executes notebooks",
            "bench": "the bench"}  # fmt: skip
@@ -31,7 +31,7 @@ def write_docs(folder: Path | None = None) -> Path:
         page = folder / "notebooks" / f"{path.stem}.html"
         write_text(page, _led(notebook_page(path), path.parent, page.parent))
     titles = [(path.stem, _title(path)) for path in paths]
-    page = figures.render("docs.html.j2", Path(__file__).parent, notebooks=titles, storeys=_modules())
+    page = tables.render("docs.html.j2", Path(__file__).parent, notebooks=titles, storeys=_modules())
     write_text(folder / "index.html", page)
     return folder / "index.html"
 

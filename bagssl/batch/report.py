@@ -34,7 +34,7 @@ from bagssl.parameters import notebook_cells
 from bagssl.paths import cores, home, results_root, runs_root, write_text
 from bagssl.records import FOREIGN
 from bagssl.runs import Run, known, known_history, lines, list_runs, read_json
-from bagssl.study import claims, figures
+from bagssl.study import claims, tables
 
 WIDTH = 1200  # pixels of an embedded figure at most: two per pixel of the column on a screen
 POINTS = 100  # of a curve at most, about: a run then takes a few kB
@@ -55,9 +55,9 @@ def write_report(results: Path | None = None) -> Path:
     if not profiles:
         raise InputError(f"there are no results in {root}; `bagssl reproduce` makes them")
     verdicts = (claims.HOLDS, claims.FAILS, claims.UNDECIDED, claims.MISSING)
-    page = figures.render("report.html.j2", Path(__file__).parent, profiles=profiles, verdicts=verdicts,
-                          links=_links(root), paper=figures.paper_values().to_dict("records"))  # fmt: skip
-    drawn = figures.render("curves.html.j2", Path(__file__).parent, places=_places(root, list(folders)))
+    page = tables.render("report.html.j2", Path(__file__).parent, profiles=profiles, verdicts=verdicts,
+                          links=_links(root), paper=tables.paper_values().to_dict("records"))  # fmt: skip
+    drawn = tables.render("curves.html.j2", Path(__file__).parent, places=_places(root, list(folders)))
     for name, text in (("curves.html", drawn), ("index.html", page)):
         write_text(root / name, text)
     return root / "index.html"
@@ -208,12 +208,12 @@ def _table(path: Path, dataset: str, artefact: str) -> dict[str, Any]:
     frame = pd.read_csv(csv) if csv.exists() else pd.DataFrame()
     beside, known = "", 0
     if "accuracy_mean" in frame and "paper" not in frame and ("setting" in frame or set(frame) >= ARM):
-        frame = figures.with_paper(frame, artefact, dataset)
+        frame = tables.with_paper(frame, artefact, dataset)
         deviation = frame.get("accuracy_std", pd.Series(float("nan"), frame.index))
-        ours = [figures.cell(*each) for each in zip(frame["accuracy_mean"], deviation, strict=True)]
+        ours = [tables.cell(*each) for each in zip(frame["accuracy_mean"], deviation, strict=True)]
         names = [name for name in frame if name in ARM | {"setting"}]
         known = int(frame["paper"].notna().sum())
-        beside = figures.markdown(frame[names].assign(ours=ours, paper=frame["paper"], delta=frame["delta"]))
+        beside = tables.markdown(frame[names].assign(ours=ours, paper=frame["paper"], delta=frame["delta"]))
     return {"html": _html(source), "rows": source.count("\n") - 2, "paper": _html(beside), "known": known}
 
 

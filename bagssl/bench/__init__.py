@@ -23,7 +23,7 @@ from bagssl.bench.ranks import processes
 from bagssl.bench.training import augmentation, compiled, native_size, online, training, utilisation
 from bagssl.errors import InputError, Stopped
 from bagssl.paths import results_root, write_text
-from bagssl.study import figures
+from bagssl.study import tables
 
 ROWS: dict[str, Callable[[Machine], Iterator[dict]]] = {
     "augmentation": augmentation, "training": training, "native-size": native_size, "online": online,
@@ -66,7 +66,7 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
         if output or not quick:
             path.parent.mkdir(parents=True, exist_ok=True)
             runs.write_json(path, record)
-            write_text(path.with_suffix(".md"), figures.markdown(table(record)))
+            write_text(path.with_suffix(".md"), tables.markdown(table(record)))
     return path
 
 
@@ -74,7 +74,7 @@ def line(row: Mapping[str, Any]) -> str:
     """One row for a terminal."""
     spread = f" ({row['low']:.3g} to {row['high']:.3g})" if "low" in row else ""
     rates = f": {row['rate']:.4g} over {row['their rate']:.4g} {row['unit']} ({row['theirs']})" if "rate" in row else ""
-    aim = f", asked {_asked(row)}" if _asked(row) != figures.DASH else ""
+    aim = f", asked {_asked(row)}" if _asked(row) != tables.DASH else ""
     equal = (f"; kNN {row['kNN']:.1f} and {row['their kNN']:.1f}, difference {row['kNN difference']:+.2f} ± "
              f"{row['standard error']:.2f}") if "kNN" in row else ""  # fmt: skip
     return f"{row['measure']}: {row['ratio']:.3g}{spread}{aim}{rates}{equal}"
@@ -85,17 +85,17 @@ def table(record: Mapping[str, Any]) -> pd.DataFrame:
     def shown(row: Mapping[str, Any]) -> dict[str, str]:
         sign = {"s": " s", "c": ""}.get(row["unit"], " ×")
         spread = f" ({row['low']:.3g} to {row['high']:.3g})" if "low" in row else ""
-        rates = f"{_short(row['rate'])} / {_short(row['their rate'])} {row['unit']}" if "rate" in row else figures.DASH
-        judged = f"{row['kNN difference']:+.1f} ± {row['standard error']:.1f}" if "kNN" in row else figures.DASH
+        rates = f"{_short(row['rate'])} / {_short(row['their rate'])} {row['unit']}" if "rate" in row else tables.DASH
+        judged = f"{row['kNN difference']:+.1f} ± {row['standard error']:.1f}" if "kNN" in row else tables.DASH
         return {"measure": row["measure"], "value": f"{row['ratio']:.3g}{sign}{spread}",
                 "asked": _asked(row), "ours / theirs": rates,
-                "theirs": row.get("theirs", figures.DASH), "kNN, ours - theirs": judged}  # fmt: skip
+                "theirs": row.get("theirs", tables.DASH), "kNN, ours - theirs": judged}  # fmt: skip
 
     return pd.DataFrame([shown(row) for name in ROWS for row in record["rows"].get(name, ())])
 
 
 def _asked(row: Mapping[str, Any]) -> str:
-    return f"{row['aim']:g}" if row.get("aim") else f"≤ {row['most']:g}" if row.get("most") else figures.DASH
+    return f"{row['aim']:g}" if row.get("aim") else f"≤ {row['most']:g}" if row.get("most") else tables.DASH
 
 
 def _short(rate: float) -> str:

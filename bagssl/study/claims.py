@@ -27,7 +27,7 @@ import pandas as pd
 from bagssl.errors import InputError
 from bagssl.paths import write_text
 from bagssl.runs import machine, read_json
-from bagssl.study import figures, names
+from bagssl.study import names, tables
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
@@ -145,7 +145,7 @@ def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> "Ruling":
     written = rows[[*COLUMNS, *(name for name, used in further.items() if used)]]
     shown = written[[name for name in ("dataset", ENCODER, "setting", "measure") if name in written]]
     shown = shown.assign(value=[text(row) for row in rows.to_dict("records")])
-    figures.write_table(written, output, f"claim_{claim.lower()}", shown)
+    tables.write_table(written, output, f"claim_{claim.lower()}", shown)
     return Ruling(claim, rows)
 
 
@@ -289,7 +289,7 @@ class Ruling:
         others = self.evidence[~(named & about.asked(self.evidence))].assign(state="decides nothing", rule="")
         rows = pd.concat([judged(self.claim, self.evidence), others], ignore_index=True).fillna({"rule": ""})
         rows["measured"] = [text(row) for row in rows.to_dict("records")]
-        rows["asked"] = [row.rule.removeprefix(row.measure).strip() or figures.DASH for row in rows.itertuples()]
+        rows["asked"] = [row.rule.removeprefix(row.measure).strip() or tables.DASH for row in rows.itertuples()]
         differ = [name for name in ("dataset", ENCODER) if rows.get(name, pd.Series(dtype=str)).nunique() > 1]
         return rows.reindex(columns=[*differ, "setting", "measure", "measured", "asked", "state"])
 
@@ -304,14 +304,14 @@ class Ruling:
         notes = f" ({names.cell(about.notes)})" * bool(about.notes)
         before = "".join(f" Before the change, {names.cell(subject(each))}: {each[FORMER]}."
                          for each in self.entries if each[FORMER])  # fmt: skip
-        return f"**{self.claim}**: {about.statement} {verdicts}{notes}{before}\n\n{figures.markdown(self.rows)}"
+        return f"**{self.claim}**: {about.statement} {verdicts}{notes}{before}\n\n{tables.markdown(self.rows)}"
 
     def _repr_html_(self) -> str:
         rows = judged(self.claim, self.evidence)
         drawn = [({**each, "subject": subject(each)},
                   strip(self.claim, each, of(each, rows)) if each["dataset"] else None) for each in self.entries]
-        head = figures.render("ruling.html.j2", claim=self.claim, about=CLAIMS[self.claim], entries=drawn)
-        return head + figures.Table(self.rows)._repr_html_()
+        head = tables.render("ruling.html.j2", claim=self.claim, about=CLAIMS[self.claim], entries=drawn)
+        return head + tables.Table(self.rows)._repr_html_()
 
 
 def strip(claim: str, entry: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, Any] | None:
@@ -413,8 +413,8 @@ def write_ledger(results: Path, profile: str) -> pd.DataFrame:
     links = [f"[table]({quote(row.table)}), [notebook]({quote(row.notebook)})" if row.table else ""
              for row in found.itertuples()]  # fmt: skip
     silent = ["table", "notebook", *(name for name in (ENCODER, FORMER) if not found[name].any())]
-    shown = found.drop(columns=silent).assign(evidence=links).replace("", figures.DASH)
-    page = f"# The claims, profile {profile}\n\n{figures.markdown(shown, ['evidence'])}"
+    shown = found.drop(columns=silent).assign(evidence=links).replace("", tables.DASH)
+    page = f"# The claims, profile {profile}\n\n{tables.markdown(shown, ['evidence'])}"
     for name, text in (("claims.csv", found.to_csv(index=False, lineterminator="\n")), ("claims.md", page)):
         write_text(Path(results) / profile / name, text)
     return found

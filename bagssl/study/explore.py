@@ -20,7 +20,7 @@ from bagssl import patches, probes
 from bagssl.bags import embed_bags
 from bagssl.data import Images
 from bagssl.errors import InputError
-from bagssl.study import figures, names
+from bagssl.study import figures, names, tables
 
 TILE = 64  # pixels of an embedded image at most
 COLUMNS = 16  # images in a row of the embedded sheet
@@ -56,7 +56,7 @@ class GrowingBags:
             "neighbours": (places + len(self.images)).transpose(0, 1).tolist(),
             "kinds": [*self.images.labels.tolist(), *self.bank.labels[used].tolist()], "sheet": sheet,
         }  # fmt: skip
-        return figures.render("explore.html.j2", content=content)
+        return tables.render("explore.html.j2", content=content)
 
 
 def growing_bags(encoder: nn.Module, train: Images, test: Images, chosen: Sequence[int], ks: Sequence[int], *,

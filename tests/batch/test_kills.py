@@ -29,13 +29,13 @@ from pathlib import Path
 from bagssl import data, pretraining
 from bagssl.config import PretrainConfig
 from bagssl.evaluation import evaluate
-from bagssl.study import figures
+from bagssl.study import figures, tables
 output = Path(os.environ["BAGSSL_OUTPUT"])
 train, test = (data.subset(data.load("synthetic", split), 100) for split in ("train", "test"))
 config = PretrainConfig(seed=seed, size=8, width=8, projector_hidden=16, projector_dim=8, batch_size=16, epochs=12)
 run = pretraining.pretrain(config, train, device="cpu", checkpoint_every=0.2)"""
 SHOW = """rows = evaluate(run, train, test, [0, 4], probes=["knn"], scale=0.25)
-figures.write_table(pd.DataFrame(rows).drop(columns=["settings", "correct"]), output, "accuracy")
+tables.write_table(pd.DataFrame(rows).drop(columns=["settings", "correct"]), output, "accuracy")
 figure, axis = plt.subplots()
 axis.plot([row["loss"] for row in run.history])
 figures.save_figure(figure, output, "loss")"""

@@ -17,7 +17,7 @@ PARAMETERS = "dataset: str = 'synthetic'\nopened: bool = False\n"
 WORK = """import os
 from bagssl import data, pretraining
 from bagssl.config import PretrainConfig
-from bagssl.study import comparison, figures
+from bagssl.study import comparison, tables
 if not os.environ.get("MAY_TRAIN"):
     pretraining.train = None
 train, test = (data.subset(data.load(dataset, split), 100) for split in ("train", "test"))
@@ -26,7 +26,7 @@ configs = [PretrainConfig(training=training, **config) for training in ("patch-b
 trained = comparison.train_all(configs, train, device="cpu", progress=False)
 measured = comparison.measure_all(trained, train, test, [0, 4], probes=["knn"], scale=0.25, progress=False)
 output = comparison.output_folder("small")
-figures.write_table(comparison.over_seeds(measured), output, "accuracy")
+tables.write_table(comparison.over_seeds(measured), output, "accuracy")
 if opened:
     print(pretraining.load_encoder(trained[0])(test.pixels[:2, :, :8, :8] / 255).sum())
     print(pretraining.load_encoder(trained[1])(test.pixels[:2, :, :8, :8] / 255).sum())

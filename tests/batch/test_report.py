@@ -24,7 +24,7 @@ from bagssl.batch.reproduce import reproduce
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, Stopped
 from bagssl.pretraining import pretrain
-from bagssl.study import claims, figures
+from bagssl.study import claims, tables
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 NAME = "<img src=x onerror=alert(3)> & #1"
@@ -32,7 +32,7 @@ STORY = [  # tags, source, and what a code cell displays
     (["claim"], f"# A title {HOSTILE}\n\nThe claim {HOSTILE} in a sentence.\n\nAnother paragraph."),
     ([], 'figures.save_figure(figure, output, "curve")', ""),
     (["caption:figures/cur*"], "*What to see: [here](javascript:alert(4)) ![there](https://example.org/x.png).*\n\nMore."),
-    ([], 'figures.write_table(table, output, "accuracy")', "| a |\n| - |\n| 1 |\n"),
+    ([], 'tables.write_table(table, output, "accuracy")', "| a |\n| - |\n| 1 |\n"),
     (["nbval-ignore-output", "caption:tables/accuracy", "caption:tables/other"], "Markdown(words)", "*In per cent.*"),
     (["caption:tables/rule", "reading"], "*A caption, too.*\n\n## What it says\n\n*By* a rule."),
     (["reading"], "Markdown(reading)", f"- one: **+3.0 points**\n- two {HOSTILE}\n\n| a |\n| - |\n| 1 |"),
@@ -61,7 +61,7 @@ def write_experiment(results: Path, profile: str, name: str, dataset: str = "cif
     good = [{**GOOD, "measure": each.measure, "dataset": dataset, "setting": HOSTILE}
             for each in claims.CLAIMS["C2"].conditions]
     claims.write_evidence(folder, "C2", pd.DataFrame(good))
-    figures.write_table(accuracies(), folder, "accuracy")
+    tables.write_table(accuracies(), folder, "accuracy")
     (folder / "figures").mkdir()
     Image.new("RGB", (1400, 700), "red").save(folder / "figures/curve.png")
     (folder / f"{name}.ipynb").write_text(story())
@@ -256,7 +256,7 @@ def test_a_verified_figure_of_the_paper_stands_beside_ours(results, monkeypatch)
     path = results / "smoke/plain/tables/accuracy.md"
     assert report._table(path, "cifar10", "plain")["known"] == 0
     known = {"artefact": "plain", "dataset": "cifar10", "setting": "tcr patch-based k=16 linear h", "value": 60}
-    monkeypatch.setattr(figures, "paper_values", lambda: pd.DataFrame([known]))
+    monkeypatch.setattr(tables, "paper_values", lambda: pd.DataFrame([known]))
     found = report._table(path, "cifar10", "plain")
     cells = Page(found["paper"]).text.split()
     assert found["known"] == 1 and " ".join(cells).count("61.0 ± 0.5 60 1") == 1

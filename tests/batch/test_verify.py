@@ -28,7 +28,7 @@ WORK = """import matplotlib.pyplot as plt
 from IPython.display import Markdown
 from bagssl import data, pretraining
 from bagssl.config import PretrainConfig
-from bagssl.study import claims, comparison, figures
+from bagssl.study import claims, comparison, figures, tables
 figures.style()
 train, test = (data.subset(data.load(dataset, split), 120) for split in ("train", "test"))
 config = {"size": 8, "width": 8, "projector_hidden": 16, "projector_dim": 8, "batch_size": 16, "epochs": 1}
@@ -37,16 +37,16 @@ trained = comparison.train_all(configs, train, device="cpu", progress=False)
 measured = comparison.measure_all(trained, train, test, [0, 1, 4], scale=0.25, device="cpu", progress=False)
 output = comparison.output_folder("small")
 table = comparison.over_seeds(measured)
-figures.write_table(table, output, "accuracy", figures.comparison_table(table))
-figures.write_table(measured.drop(columns=["correct", "settings"]), output, "per_seed")
+tables.write_table(table, output, "accuracy", tables.comparison_table(table))
+tables.write_table(measured.drop(columns=["correct", "settings"]), output, "per_seed")
 figures.save_figure(figures.accuracy_against_k(table), output, "accuracy_against_k")
 plt.show()
-display(figures.Table(figures.comparison_table(table)))
+display(tables.Table(tables.comparison_table(table)))
 reading = comparison.gains(measured, [0, 1, 4], len(test))
-figures.write_table(reading, output, "gains")
+tables.write_table(reading, output, "gains")
 ruling = claims.write_evidence(output, "C2", comparison.evidence(reading, dataset))
 print(ruling.verdicts)
-figures.Table(comparison.provenance(output, trained, {"training": train}))"""
+tables.Table(comparison.provenance(output, trained, {"training": train}))"""
 CITED = '[{:.1f}]({}laptop/small/tables/accuracy.csv "{{accuracy_mean:.1f}} | k == 4 and probe == \'knn\' and '
 CITED += "training == 'patch-based'\")\n"
 

@@ -20,7 +20,7 @@ from bagssl.errors import InputError
 PARAMETERS = "seeds: list[int] = [0]\ndataset: str = 'synthetic'\n"
 WORK = """from bagssl import data
 from bagssl.config import PretrainConfig
-from bagssl.study import comparison
+from bagssl.study import comparison, tables
 train, test = (data.subset(data.load(dataset, split), 100) for split in ("train", "test"))
 config = {"size": 8, "width": 8, "projector_hidden": 16, "projector_dim": 8, "batch_size": 16, "epochs": 4}
 configs = [PretrainConfig(seed=seed, **config) for seed in seeds]
@@ -172,11 +172,11 @@ def test_whole_is_for_a_box_with_a_time_limit(words, capsys):
 # ---- what was trained elsewhere, in the notebook here
 
 TABLES = WORK + """
-from bagssl.study import figures
+from bagssl.study import tables
 output = comparison.output_folder("tables")
 measured = comparison.measure_all(trained, train, test, [0, 4], probes=["knn"], scale=0.25, progress=False)
-figures.write_table(comparison.over_seeds(measured), output, "accuracy")
-figures.write_table(comparison.provenance(output, trained, {}).loc[["runs"]], output, "made_with")
+tables.write_table(comparison.over_seeds(measured), output, "accuracy")
+tables.write_table(comparison.provenance(output, trained, {}).loc[["runs"]], output, "made_with")
 """
 LOOK = TABLES + "from bagssl.pretraining import load_encoder\nload_encoder(trained[0])\n"
 

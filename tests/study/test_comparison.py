@@ -15,7 +15,7 @@ from bagssl.evaluation import evaluate, unpack_correct
 from bagssl.pretraining import load_encoder, pretrain
 from bagssl.probes import knn
 from bagssl.runs import HALF, WEIGHTS
-from bagssl.study import comparison, figures
+from bagssl.study import comparison, tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -281,7 +281,7 @@ def test_the_records_of_runs_are_kept(images, finished, tmp_path, monkeypatch):
     monkeypatch.setenv("BAGSSL_COMMITTED", "1")  # by `bagssl notebooks`; and again, over what is there
     shown = comparison.provenance(tmp_path, finished, {"training": images[0]}, {"seeds": [0, 1]})
     assert set(table.index) - set(shown.index) == {"commit", "changed since", "time (UTC)"}
-    assert "| parameter seeds | [0, 1] " in re.sub(" +", " ", repr(figures.Table(shown)))
+    assert "| parameter seeds | [0, 1] " in re.sub(" +", " ", repr(tables.Table(shown)))
 
 
 def test_an_outsiders_objective_and_dataset_appear_in_the_table(monkeypatch, tmp_path):
@@ -303,7 +303,7 @@ def test_an_outsiders_objective_and_dataset_appear_in_the_table(monkeypatch, tmp
     train, test = (load("stripes", split) for split in ("train", "test"))
     trained = comparison.train_all(arms, train, root=tmp_path, progress=False)
     how = {"scale": 0.25, "probes": ["knn"], "progress": False}
-    table = figures.comparison_table(comparison.over_seeds(comparison.measure_all(trained, train, test, [4], **how)))
+    table = tables.comparison_table(comparison.over_seeds(comparison.measure_all(trained, train, test, [4], **how)))
     assert ("kNN", "toy", "patch-based") in table.index
     assert "stripes" in catalogue.names(tmp_path)
     with pytest.raises(InputError, match="toy has no option 'wieght': it has weight"):

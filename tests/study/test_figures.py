@@ -1,10 +1,8 @@
-"""Tables say what the frame says; files are the same bytes twice; nothing of the paper is made up."""
+"""Figures draw what the frame says, cut nothing off, and are the same bytes twice."""
 
 from __future__ import annotations
 
 import io
-import re
-from html import unescape
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -12,23 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_tables import frame
 
 from bagssl.errors import InputError
 from bagssl.study import figures
-
-
-def frame() -> pd.DataFrame:
-    """Patch-based TCR rises from 50 to 62 with K; multi-scale is best, 61, on its centre crop."""
-    rows = []
-    for objective, training, values in [
-        ("tcr", "patch-based", (55.0, 50.0, 62.0)), ("tcr", "multi-scale", (61.0, 45.0, 58.0)),
-        ("simclr", "patch-based", (50.0, 48.0, 57.0)), ("none", "untrained", (30.0, 28.0, 70.0)),
-    ]:  # fmt: skip
-        for probe in ("linear", "knn"):
-            for k, value in zip((0, 1, 16), values, strict=True):
-                rows.append({"objective": objective, "training": training, "k": k, "probe": probe, "feature": "h",
-                             "accuracy_mean": value - 5 * (probe == "knn"), "accuracy_std": 0.25, "seeds": 2})
-    return pd.DataFrame(rows)
 
 
 @pytest.fixture(autouse=True)
@@ -37,100 +22,6 @@ def styled():
     with plt.rc_context():
         figures.style()
         yield
-
-
-def test_comparison_table_has_each_arm_once_and_one_bold_cell_per_probe_and_objective():
-    table = figures.comparison_table(frame())
-    assert list(table.columns) == ["centre crop", "K = 1", "K = 16"]
-    assert table.loc[("Linear probe", "TCR", "patch-based")].tolist() == ["55.0 ± 0.2", "50.0 ± 0.2", "62.0 ± 0.2"]
-    assert table.loc[("kNN", "TCR", "multi-scale"), "centre crop"] == "56.0 ± 0.2"
-    bold = table.map(lambda text: isinstance(text, figures.Bold))
-    assert bold.loc[("Linear probe", "TCR", "patch-based")].tolist() == [False, False, True]
-    assert bold.to_numpy().sum() == 4  # two probes, two objectives
-    assert not bold.xs("untrained", level="training").to_numpy().any()  # though it is best, at 70
-
-
-def test_what_was_not_measured_is_a_dash_and_one_seed_has_no_deviation():
-    rows = frame()
-    rows = rows[~((rows["k"] == 1) & (rows["objective"] == "simclr"))].assign(accuracy_std=float("nan"))
-    table = figures.comparison_table(rows)
-    assert table.loc[("kNN", "SimCLR", "patch-based"), "K = 1"] == "–"
-    assert table.loc[("kNN", "SimCLR", "patch-based"), "K = 16"] == "52.0"
-
-
-def test_the_untrained_encoder_is_shown_once_whatever_objective_it_is_listed_under():
-    rows = frame()
-    untrained = rows[rows["training"] == "untrained"]
-    copies = pd.concat([rows[rows["training"] != "untrained"], untrained.assign(objective="tcr"),
-                        untrained.assign(objective="simclr")])
-    pd.testing.assert_frame_equal(figures.comparison_table(copies), figures.comparison_table(rows))
-
-
-def test_csv_is_the_truth_and_markdown_and_latex_show_the_table(tmp_path):
-    rows = frame()
-    figures.write_table(rows, tmp_path, "c2", figures.comparison_table(rows))
-    read = pd.read_csv(tmp_path / "tables" / "c2.csv")
-    assert list(read.columns) == list(rows.columns)
-    np.testing.assert_allclose(read["accuracy_mean"], rows["accuracy_mean"])
-    text = (tmp_path / "tables" / "c2.md").read_text()
-    lines = text.splitlines()
-    assert "**62.0 ± 0.2**" in text and len(lines) == 2 + 8 and len({line.count("|") for line in lines}) == 1
-    tex = (tmp_path / "tables" / "c2.tex").read_text()
-    assert r"\textbf{62.0 $\pm$ 0.2}" in tex and tex.count(r"\\") == 9 and "–" not in tex
-
-
-def test_latex_and_markdown_escape():
-    table = pd.DataFrame({"a_b": ["50 % & more", "x|y"]})
-    assert r"50 \% \& more" in figures.latex(table) and r"a\_b" in figures.latex(table)
-    assert r"x\|y" in figures.markdown(table)
-
-
-def test_floats_of_a_column_have_the_same_decimals():
-    table = pd.DataFrame({"a": [36.0, -33.52, np.nan], "b": [1.0, 2.0, 3.0], "c": ["x", 0.5, -0.001], "d": [1, 2, 3]})
-    lines = figures.markdown(table).splitlines()
-    assert [[word.strip() for word in line.split("|")[1:-1]] for line in lines[2:]] == [
-        ["36.00", "1", "x", "1"], ["-33.52", "2", "0.5", "2"], ["–", "3", "0.0", "3"]]
-    assert figures.markdown(table.iloc[:0]).count("\n") == 2
-
-
-def test_a_table_shows_every_cell_as_html_and_stands_alone():
-    ours = [figures.Bold("65.0 ± 0.2"), np.nan]
-    frame = pd.DataFrame({"<b>name": ["a & b", "</script>"], "ours": ours}, dtype=object)
-    shown = figures.Table(frame)
-    html = shown._repr_html_()
-    cells = [unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", html)]
-    assert cells == ["<b>name", "ours", "a & b", "<strong>65.0 ± 0.2</strong>", "</script>", figures.DASH]
-    assert html.count("<strong>") == html.count("<script>") == html.count("</script>") == 1
-    assert "http" not in html and "import" not in html and html == figures.Table(frame)._repr_html_()
-    assert repr(shown) == shown._repr_markdown_() == figures.markdown(frame)
-
-
-def test_whatever_stands_in_a_cell_stays_in_it():
-    frame = pd.DataFrame({"class": ["a\nb", "![i](http://example.org)", "x | y", ""], "n": [1, 2, 3, 4]})
-    html = figures.Table(frame)._repr_html_()
-    assert html.count("<tr>") == 5 and html.count("<td>") == 8 and "<img" not in html and "<a " not in html
-    assert figures.markdown(frame).count("\n") == 6
-
-
-def test_the_paper_has_one_verified_value_with_its_source():
-    values = figures.paper_values()
-    assert list(values.columns) == ["artefact", "dataset", "setting", "metric", "value", "source"]
-    assert len(values) == 1 and values["value"].item() == 62 and "2206.08954" in values["source"].item()
-
-
-def test_delta_stands_where_a_value_is_verified_and_only_there(monkeypatch):
-    rows = frame()
-    empty = figures.with_paper(rows, "Table 1", "cifar10")
-    assert empty["paper"].isna().all() and empty["delta"].isna().all()
-    assert figures.markdown(empty).count("| –") == 2 * len(rows)
-    known = pd.DataFrame([["Table 1", "cifar10", "tcr patch-based k=16 linear h", "top-1 %", 60.5, "page 6"]],
-                         columns=figures.paper_values().columns)
-    monkeypatch.setattr(figures, "paper_values", lambda: known)
-    found = figures.with_paper(rows, "Table 1", "cifar10")
-    row = found[found["delta"].notna()]
-    assert row[["objective", "training", "k", "probe", "paper", "delta"]].values.tolist() == [
-        ["tcr", "patch-based", 16, "linear", 60.5, 1.5]]
-    assert figures.with_paper(rows, "Table 1", "cifar100")["paper"].isna().all()
 
 
 def test_accuracy_against_k_draws_the_numbers_of_the_frame():
@@ -196,9 +87,7 @@ def test_patch_figure_cuts_what_the_boxes_say():
     assert [patch.get_xy() for patch in whole.patches] == [(-0.5, -0.5), (1.5, 3.5), (0.5, 0.5)]
 
 
-def test_wrong_frames_are_refused():
-    with pytest.raises(InputError, match="feature 'z'"):
-        figures.comparison_table(frame(), feature="z")
+def test_a_frame_without_bags_is_refused():
     with pytest.raises(InputError, match="K above 0"):
         figures.accuracy_against_k(frame().query("k == 0"))
 
@@ -241,6 +130,21 @@ def test_gain_figure_cuts_nothing_off(representations, objectives):
     markers = [axis.transData.transform(line.get_xydata()[0]) for line in axis.lines if line.get_marker() != "None"]
     assert len(markers) == objectives * representations
     assert all(inside.y0 + 5 < y < inside.y1 - 5 for _, y in markers)
+
+
+def test_differences_stand_by_their_choice_with_their_interval_in_the_colour_of_their_kind():
+    table = pd.DataFrame({"choice": ["two views", "z", "no colour"], "points": [-8.0, 1.0, -2.0],
+                          "low": [-9.0, 0.5, -3.0], "high": [-7.5, 2.0, -1.0], "where": ["train", "eval", "train"]})
+    tints = {"train": "#0072B2", "eval": "#000000"}
+    figure = figures.difference_figure(table.set_index(pd.Index([4, 5, 6])), tints, "where")
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(table["choice"])
+    drawn = {each.get_label(): each for each in axis.containers}
+    points, _, (bars,) = drawn["train"].lines
+    assert points.get_xydata().tolist() == [[-8, 0], [-2, 2]] and points.get_color() == tints["train"]
+    assert [bar[:, 0].tolist() for bar in bars.get_segments()] == [[-9, -7.5], [-3, -1]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["train", "eval"]
+    assert not figures.difference_figure(table[table["where"] == "train"], tints, "where").legends
 
 
 @pytest.mark.parametrize("name, value", [

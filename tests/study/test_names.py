@@ -22,7 +22,7 @@ from test_explore import bags, content
 
 from bagssl.batch import report
 from bagssl.data import Images
-from bagssl.study import claims, explore, figures, names
+from bagssl.study import claims, explore, figures, names, tables
 
 cases = settings(max_examples=60, deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -82,7 +82,7 @@ def test_markdown_gives_a_name_back(reader):
     @given(NAMES)
     def holds(name):
         shown = names.line(name)
-        table = Page(READERS[reader](figures.markdown(table_of(name))))
+        table = Page(READERS[reader](tables.markdown(table_of(name))))
         assert table.texts == words(shown, "b", shown, "1", "x", shown)
         listed = Page(READERS[reader](sentence(name)))
         assert listed.texts == words(f"{shown}: +1.0 points", f"of all {shown} is best")
@@ -114,7 +114,7 @@ def test_no_name_holds_what_jupyterlab_takes_for_a_formula():
 @cases
 @given(NAMES)
 def test_a_table_as_html_gives_a_name_back(name):
-    html = figures.Table(table_of(name))._repr_html_()
+    html = tables.Table(table_of(name))._repr_html_()
     shown = names.line(name)
     assert Page(html).texts == words(shown, "b", shown, "1", "x", shown)
     assert Page(html).tags <= {"style", "div", "table", "thead", "tbody", "tr", "td", "th", "span", "script"}
@@ -149,7 +149,7 @@ def read_tex(source: str) -> str:
 @example("[a]--b")
 @example("* 'x''")
 def test_latex_gives_a_name_back(name):
-    head, row = (line.removesuffix(r" \\") for line in figures.latex(table_of(name)).splitlines()[2:6:2])
+    head, row = (line.removesuffix(r" \\") for line in tables.latex(table_of(name)).splitlines()[2:6:2])
     for cell in (head.removesuffix(" & b"), row.removesuffix(" & 1")):
         assert read_tex(cell) == names.line(name)
         assert not cell.startswith(("[", "*")), "after the end of a row these are TeX's own"
