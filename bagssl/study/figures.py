@@ -119,10 +119,10 @@ def accuracy_against_k(frame: pd.DataFrame, feature: str = "h", heading: str | N
     return figure
 
 
-def _errors(rows: pd.DataFrame) -> np.ndarray:
+def _errors(rows: pd.DataFrame, mean: str = "accuracy_mean") -> np.ndarray:
     both = np.stack([rows["accuracy_std"], rows["accuracy_std"]]).astype(float)
     if {"low", "high"} <= set(rows.columns):
-        interval = np.stack([rows["accuracy_mean"] - rows["low"], rows["high"] - rows["accuracy_mean"]])
+        interval = np.stack([rows[mean] - rows["low"], rows["high"] - rows[mean]])
         both = np.where(np.isnan(both), interval.astype(float), both)
     return np.nan_to_num(both)
 
@@ -193,17 +193,21 @@ def accuracy_against_scale(frame: pd.DataFrame) -> Figure:
 def gain_figure(frame: pd.DataFrame) -> Figure:
     """A line per objective from the accuracy of its centre crop to those of its bags.
 
-    frame: columns objective, representation, accuracy; the first representation is the line's start.
+    frame: columns objective, representation, accuracy, accuracy_std, low, high; the first representation is the line's
+    start. Bars as in `accuracy_against_k`.
     """
     markers = dict(zip(frame["representation"].unique(), "osD^vP", strict=False))
     few, count = len(markers) <= 3, frame["objective"].nunique()
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.42 * count if few else 1.1 + 0.6 * count))
-    aside = np.linspace(-0.3, 0.3, len(markers)) * (not few)  # many may be close to each other
+    aside = dict(zip(markers, np.linspace(-0.3, 0.3, len(markers)) * (not few), strict=True))  # many may be close
     for row, (objective, rows) in enumerate(frame.groupby("objective", sort=False)):
-        tint, values = colour(objective), rows.set_index("representation")["accuracy"]
-        axis.plot([values.min(), values.max()], [row, row], color=tint, linewidth=2, alpha=0.4, zorder=1)
-        for (name, marker), offset in zip(markers.items(), aside, strict=True):
-            axis.plot(values[name], row + offset, marker, color=tint, ms=7, mfc="white" if marker == "o" else tint)
+        tint = colour(objective)
+        axis.plot([rows["accuracy"].min(), rows["accuracy"].max()], [row, row], color=tint, lw=4, alpha=0.25, zorder=1)
+        errors = _errors(rows, "accuracy").T[:, :, None]
+        for name, value, bars in zip(rows["representation"], rows["accuracy"], errors, strict=True):
+            fill = "white" if markers[name] == "o" else tint
+            looks = {"color": tint, "ms": 7, "mfc": fill, "elinewidth": 1, "capsize": 2.5}
+            axis.errorbar(value, row + aside[name], xerr=bars, fmt=markers[name], **looks)
     axis.set_yticks(range(count), [title(name) for name in frame["objective"].unique()])
     axis.set(ylim=(count - 0.5, -0.5), xlabel="accuracy (%)")
     keys = [Line2D([], [], color="#4D4D4D", marker=marker, linestyle="none", label=name,

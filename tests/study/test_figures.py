@@ -108,26 +108,30 @@ def test_scale_figure_shows_every_cell_and_line():
 
 
 def test_gain_figure_has_a_line_per_objective_from_the_lowest_to_the_highest():
-    table = pd.DataFrame([{"objective": objective, "representation": name, "accuracy": value}
-                          for objective, values in {"tcr": (50, 60, 65), "moco": (55, 52, 58)}.items()
-                          for name, value in zip(("centre crop", "bag", "bags"), values)])  # fmt: skip
+    values = {"tcr": (50, 60, 65), "moco": (55, 52, 58)}
+    table = pd.DataFrame([{"objective": objective, "representation": name, "accuracy": value, "accuracy_std": np.nan,
+                           "low": value - 2, "high": value + 1} for objective, each in values.items()
+                          for name, value in zip(("centre crop", "bag", "bags"), each)])  # fmt: skip
     axis = figures.gain_figure(table).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["TCR", "MoCo v3"]
     ends = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 2]
     assert sorted(np.concatenate(ends)) == [50, 52, 58, 65]
+    bars = [container.lines[2][0].get_segments()[0][:, 0].tolist() for container in axis.containers]
+    assert bars[:3] == [[48, 51], [58, 61], [63, 66]]
 
 
 @pytest.mark.parametrize("representations", [3, 6])
 @pytest.mark.parametrize("objectives", [1, 7])
 def test_gain_figure_cuts_nothing_off(representations, objectives):
     table = pd.DataFrame([{"objective": f"model {i}", "representation": f"bag of 16, in a way {j}",
-                           "accuracy": 50 + i + 2 * j} for i in range(objectives) for j in range(representations)])
+                           "accuracy": 50 + i + 2 * j, "accuracy_std": 1.0}
+                          for i in range(objectives) for j in range(representations)])
     figure = figures.gain_figure(table)
     figure.canvas.draw()
     legend, axis = figure.legends[0].get_window_extent(), figure.axes[0]
     assert 0 <= legend.x0 and legend.x1 <= figure.bbox.width and 0 <= legend.y0
     inside = axis.get_window_extent()
-    markers = [axis.transData.transform(line.get_xydata()[0]) for line in axis.lines if line.get_marker() != "None"]
+    markers = [axis.transData.transform(line.get_xydata()[0]) for line in axis.lines if line.get_marker() in "osD^vP"]
     assert len(markers) == objectives * representations
     assert all(inside.y0 + 5 < y < inside.y1 - 5 for _, y in markers)
 
