@@ -24,6 +24,7 @@ from bagssl.progress import progress_bar
 
 BATCH = {"cpu": 256, "cuda": 4096}  # crops: what stays in a processor's cache, what fills a GPU
 POOLS = ("mean", "max")
+COLOUR = 2**31  # beyond the seeds of boxes, and within the 32 bits that a CPU's generator looks at
 LARGE = 96  # px: of larger crops fewer at a time, or a ResNet-50's maps would take many GiB
 
 
@@ -45,11 +46,12 @@ def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: 
     turns, `batch` crops each, the same as one process would: the first gets all bags (on CPUs with as many threads to
     the bit those of one process), the others none.
 
-    Raises InputError for no K or one below 0, a scale outside (0, 1], or no images, DoesNotFit as `budget.piece` does.
+    Raises InputError for no K or one below 0, a scale outside (0, 1], an unknown pool, or no images, ValueError for a
+    batch below 1, DoesNotFit as `budget.piece` does.
     """
-    ks = list(dict.fromkeys(ks))
     if not ks or any(k < 0 or k != int(k) for k in ks):
-        raise InputError(f"K must be a list of whole numbers of at least 0, not {ks}: 0 is the centre crop")
+        raise InputError(f"K must be a list of whole numbers of at least 0, not {list(ks)}: 0 is the centre crop")
+    ks = list(dict.fromkeys(map(int, ks)))
     if not 0 < scale <= 1:
         raise InputError(f"the patch scale must lie in (0, 1], not {scale}: it is a share of the image's area")
     check_choice("pool", pool, POOLS)
@@ -71,9 +73,10 @@ def embed_bags(encoder: nn.Module, pixels: Pixels, ks: Sequence[int], *, scale: 
                 part = pixels[own].to(device, non_blocking=True)
                 keep(0, images, embed(patches.centre_crop(part, whole, crop)), batch)
             update(done := count)
-        before = None
-        drawn = _boxes(pixels, most, scale, seed), colour and _colours(len(pixels), most, colour, seed)
-        for images, start, h in _chunks(embed, pixels, *drawn, size, device, batch):
+        before, drawn = None, None
+        if most:
+            drawn = _boxes(pixels, most, scale, seed), colour and _colours(len(pixels), most, colour, seed)
+        for images, start, h in _chunks(embed, pixels, *drawn, size, device, batch) if drawn else ():
             total = _pooled(h, pool, before if start else None)
             before = total[-1]
             for k in ks:
@@ -97,7 +100,7 @@ def patch_embeddings(encoder: nn.Module, pixels: Pixels, boxes: Tensor, size: in
                      progress: bool = False) -> Tensor:
     """The embedding of each of K boxes in each image, as float32 [K, N, dim] on the CPU.
 
-    boxes: whole numbers [K, N, 4] (top, left, height, width); the rest as in `embed_bags`.
+    boxes: whole numbers [K, N, 4] (top, left, height, width), or a ValueError is raised; the rest as in `embed_bags`.
     """
     embed, device, batch = _prepare(encoder, pixels, device, batch, size)
     if boxes.ndim != 3 or boxes.shape[1:] != (len(pixels), 4) or not len(boxes):
@@ -200,8 +203,11 @@ def _boxes(pixels: Pixels, count: int, scale: float, seed: int) -> Tensor:
 
 
 def _colours(images: int, count: int, augmentation: Augmentation, seed: int) -> Colour:
-    """Changes of colour, [count, images, ...], drawn patch by patch, so that bags are nested."""
-    generator = torch.Generator().manual_seed(seed)
+    """Changes of colour, [count, images, ...], drawn patch by patch, so that bags are nested.
+
+    From other numbers than the boxes: of one seed, a patch's colour would follow from its place.
+    """
+    generator = torch.Generator().manual_seed(seed + COLOUR)
     each = [draw_colour(images, augmentation, generator) for _ in range(count)]
     return Colour(**{name: None if value is None else torch.stack([getattr(one, name) for one in each])
                      for name, value in vars(each[0]).items()})  # fmt: skip

@@ -59,9 +59,9 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
     right (`unpack_correct`). A protocol that was measured before on this model is read from its folder. Called by each
     process of a torchrun, all embed, as in `embed_bags`; the first alone probes, writes, and tells the others; one that
     is gone or hangs ends all with Lost.
-    Raises InputError for an unknown probe or feature, a K that is no whole number of at least 0, a share that leaves
-    one side without images, z or the colour of an encoder that has no projector or training of ours, or patches that
-    it does not take.
+    Raises InputError for an unknown probe, feature or pool, a scale outside (0, 1], a K that is no whole number of at
+    least 0, a share that leaves one side without images, z or the colour of an encoder that has no projector or
+    training of ours, or patches that it does not take.
     """
     check_protocol(ks, probes, features)
     check_choice("pool", pool, POOLS)
@@ -82,7 +82,7 @@ def evaluate(model: Run | Foreign, train: Images, test: Images | float, ks: Sequ
         "weights": model.metrics["weights_sha256"] if isinstance(model, Run) else model.digest,
     }  # fmt: skip
     protocol |= {"pool": pool} if pool != "mean" else {}
-    protocol |= {"colour": True} if colour else {}
+    protocol |= {"colour": "apart"} if colour else {}  # drawn apart from the boxes; True, as once, was not
     protocol |= {"top5": True} if top5 else {}
     protocol |= {"crop": seen["crop"]} if seen["crop"] < 1 and (0 in ks or pool == BESIDE) else {}
     path = _place(model, protocol)
@@ -293,7 +293,8 @@ def _bags(networks: dict[str, nn.Module], images: Images, protocol: dict[str, An
                 _recent[place(scale, feature, k)] = (bag[:, :dim] if feature == "h" else bag[:, dim:]).contiguous()
     def side_by_side(feature: str, k: int) -> Tensor:
         whole = [_recent[place(scales[0], feature, 0)]] if beside and k else []
-        return torch.cat([*whole, *(_recent[place(scale, feature, k)] for scale in scales)], dim=1)
+        each = scales if k else scales[:1]  # the whole image has none
+        return torch.cat([*whole, *(_recent[place(scale, feature, k)] for scale in each)], dim=1)
 
     bags = {feature: {k: side_by_side(feature, k) for k in ks if not distributed.rank()} for feature in features}
     while sum(bag.nbytes for bag in _recent.values()) > RECENT:

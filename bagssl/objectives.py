@@ -21,7 +21,8 @@ class Objective:
     """A loss and what it declares: options -> defaults; needs_target: whether it takes an averaged network's z as well;
     reference: where it was proposed, a key of notebooks/references.bib.
 
-    It is computed in float32 at least, whatever the precision of z: bf16 Gram matrices break the log-determinant.
+    It is computed in float32 at least, whatever the precision of z or of an autocast around it: bf16 Gram matrices
+    break the log-determinant.
     """
 
     def __init__(self, function: Callable[..., Terms], reference: str = "", needs_target: bool = False,
@@ -30,7 +31,8 @@ class Objective:
         self.function, self.reference, self.needs_target, self.options = function, reference, needs_target, options
 
     def __call__(self, *z: Tensor, **options: float) -> Terms:
-        return self.function(*map(_at_least_float32, z), **{**self.options, **options})
+        with torch.autocast(z[0].device.type, enabled=False):
+            return self.function(*map(_at_least_float32, z), **{**self.options, **options})
 
 
 OBJECTIVES: dict[str, Objective] = {}

@@ -1,5 +1,8 @@
 """The optimisers: torch's AdamW and SGD, and a LARS that does not wait for the device."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -40,7 +43,8 @@ class LARS(Optimizer):
         super().__init__(params, {**settings, "clip": clip, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -54,6 +58,7 @@ class LARS(Optimizer):
                 torch._foreach_sub_(params, torch._foreach_mul(steps, group["lr"]))
             else:
                 torch._foreach_add_(params, steps, alpha=-group["lr"])
+        return loss
 
     def _with_momentum(self, params: list, steps: list, group: dict) -> list:
         for p, step in zip(params, steps, strict=True):

@@ -124,7 +124,7 @@ def unpack(files: Iterable[Path | str], root: Path | None = None) -> list[str]:
 
     Of a run that is here already, what it lacks is added: weights, evaluations. Returns a line for each run. Raises
     InputError, and changes nothing, for a part that is missing or damaged, and for a run that is here with other
-    weights, or is being trained.
+    weights; Stopped at one that is being trained, when those before it are in the store: the next call goes on.
     """
     root = root or runs_root()
     root.mkdir(parents=True, exist_ok=True)

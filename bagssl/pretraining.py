@@ -244,7 +244,9 @@ def teacher_momentum_at(step: int, steps: int, config: PretrainConfig) -> float:
     return 1 - (1 - config.teacher_momentum) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-ORDER, DRAWS = 0, 1  # of an epoch's images, of a step's patches
+# Of an epoch's images, of a step's patches. For seed 0 the first epoch's order is `data.subset`'s permutation, so that
+# half an epoch of such a run sees the images that probes are fitted to; to change that would change all weights.
+ORDER, DRAWS = 0, 1
 
 
 def _seed(seed: int, purpose: int, index: int) -> int:
@@ -277,6 +279,8 @@ def train(learner: Learner, images: Images, run: Run, deadline: float = math.inf
             if means := record.add(terms, rate):
                 bar(record.step * crops, f"loss {means['loss']:.3f}")
                 look()
+            if record.step == steps:  # whatever asks for an end, it comes now
+                continue
             if halt := distributed.agreed(INTERRUPTED if stop else time.monotonic() > deadline):
                 record.save()
                 message = f"{config.label} stopped at step {record.step} of {steps}; the next call goes on from there"

@@ -145,8 +145,8 @@ def _accuracy(blocks: Iterable[Tensor], classes: Tensor, labels: Tensor, setting
     for scores in blocks:
         predicted.append(classes[scores.argmax(dim=1)])
         own, wanted = wanted[: len(scores)], wanted[len(scores) :]
-        own = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)  # of a class that was never seen: the last
-        near.append((scores >= own).sum(dim=1) <= 5)
+        own = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)  # -inf for a class that was never seen
+        near.append(((scores >= own).sum(dim=1) <= 5) & own.isfinite()[:, 0])
     predicted, labels = torch.cat(predicted).cpu(), labels.cpu()
     correct, near = predicted == labels, torch.cat(near).cpu()
     return Accuracy(*intervals.proportion(correct.numpy()), correct, predicted, intervals.proportion(near.numpy()),
@@ -179,9 +179,8 @@ def _check(train: Tensor, train_labels: Tensor, *test: Tensor) -> tuple[Tensor, 
 def _held_out(targets: Tensor, share: float, seed: int) -> Tensor:
     """A mask [images] of about `share` of each class, at least one image of each class that has two."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros(len(targets), dtype=torch.bool)
-    for label in range(int(targets.max()) + 1):
-        members = order[targets.cpu()[order] == label]
+    shuffled, mask = targets.cpu()[order], torch.zeros(len(targets), dtype=torch.bool)
+    for members in order[shuffled.argsort(stable=True)].split(shuffled.bincount().tolist()):
         mask[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     return mask.to(targets.device)
 

@@ -16,7 +16,7 @@ from bagssl.data import Images
 from bagssl.errors import Diverged, InputError, Stopped
 from bagssl.runs import Run
 
-LOGS = 200  # rows of a run's history, at least: each waits for the device
+LOGS = 200  # rows of the history of a whole schedule, or one for each step: each waits for the device
 _COLUMNS = ("step", "epoch", "crops", "learning_rate", "crops_per_second")  # of the history, before the terms
 
 

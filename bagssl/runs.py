@@ -4,7 +4,7 @@
         config.json          the configuration, the recipe version and the data's fingerprint: what the key is made of
         checkpoint.pt        while training: everything needed to go on, to the bit
         history.csv          one row per log interval: step, crops, learning rate, throughput, named loss terms
-        weights.safetensors  encoder and projector; or weights-fp16.safetensors, rounded to travel
+        weights.safetensors  encoder, projector, predictor if any; or weights-fp16.safetensors, rounded to travel
         metrics.json         crops seen, last loss terms, hashes: written last, so it marks the end
         provenance.json      commit, versions, hardware, precision, wall time
         evaluations/         accuracies measured on the run, one file per protocol

@@ -98,7 +98,7 @@ COLOURS = Augmentation((0.25, 0.25), (1.0, 1.0), 8, brightness=0.4, contrast=0.4
 @pytest.mark.parametrize("batch", [1, 3, 7, 1000])
 def test_patches_are_coloured_as_in_training_if_that_is_asked_for(batch):
     """The plain way: each patch drawn, cut and coloured in its turn. The centre crop, and what is not asked, is not."""
-    generator, cut = torch.Generator().manual_seed(0), []
+    generator, cut = torch.Generator().manual_seed(bags.COLOUR), []
     for patch in boxes(8):
         cut.append(apply_colour(patches.crop(PIXELS, patch, 8), draw_colour(6, COLOURS, generator)))
     with torch.no_grad():
@@ -109,6 +109,26 @@ def test_patches_are_coloured_as_in_training_if_that_is_asked_for(batch):
     assert close(ours[0], plain[0])
     none = Augmentation((0.25, 0.25), (1.0, 1.0), 8)
     assert close(bags.embed_bags(ENCODER, PIXELS, [8], **OPTIONS, colour=none)[8], plain[8])
+
+
+def test_the_colour_of_a_patch_does_not_follow_from_its_place():
+    """Though both follow from the seed. Of one stream of numbers, the brightest patches would be the lowest."""
+    coloured = Augmentation((0.25, 0.25), (1.0, 1.0), 8, brightness=0.4, contrast=0.4, jitter=1.0)
+    pixels = torch.zeros(2000, 3, 32, 32)
+    place = bags._boxes(pixels, 2, 0.25, seed=0).float()[..., :2]
+
+    def related(seed):
+        factors = bags._colours(len(pixels), 2, coloured, seed).factors
+        both = torch.cat([place[0].T, place[1].T, factors[0, :, :2].T, factors[1, :, :2].T])
+        return torch.corrcoef(both)[:4, 4:].abs().max()
+
+    assert related(0) < 0.1 and related(-bags.COLOUR) > 0.9  # negative control: the boxes' own seed
+
+
+def test_the_whole_image_has_no_patch_to_be_coloured_and_k_may_be_a_whole_float():
+    once, four = (bags.embed_bags(ENCODER, PIXELS, [k], **OPTIONS)[k] for k in (0, 4))
+    assert close(bags.embed_bags(ENCODER, PIXELS, [0], **OPTIONS, colour=COLOURS)[0], once)
+    assert torch.equal(bags.embed_bags(ENCODER, PIXELS, [4.0], **OPTIONS)[4], four)
 
 
 def test_k_0_is_the_whole_image_once():

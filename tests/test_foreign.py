@@ -667,14 +667,17 @@ def test_a_notebook_asks_them_without_training_anything_in_batches_that_memory_h
     table = pd.read_csv(claim)
     assert claim.stem == {"04": "claim_c4", "05": "claim_c5"}[number] and set(table["encoder"]) == {"a"}
     if number == "04":
-        assert list(table["scale"].unique()) == [0.1, 0.25, 0.5, 0.75] and len(table) == 3 * 4
+        assert list(table["scale"].unique()) == [0.1, 0.25, 0.5, 0.75] and len(table) == (3 + 2) * 4
+    control = table[table["weights"] == "random"]
+    assert set(control["setting"].str.partition(", K")[0]) == {"a, untrained"}
+    assert len(control) == {"04": 2 * 4, "05": 3}[number]
 
 
 def test_notebook_06_asks_them_without_one_of_ours(notebook, monkeypatch):
     torch.save(net().state_dict(), "a.pth")
     monkeypatch.setattr(evaluation, "_recent", {})
     table = pd.read_csv(notebook("06", ["a.pth,arch=nets:net,normalise=none,size=8"]) / "tables/claim_c7.csv")
-    assert set(table["encoder"]) == {"a"} and len(table) == 2
+    assert set(table["encoder"]) == {"a"} and list(table["weights"].fillna("")) == ["", "", "random", "random"]
 
 
 @pytest.mark.parametrize("number", [pytest.param(each, marks=pytest.mark.nightly) for each in IN_NOTEBOOKS])
@@ -685,7 +688,8 @@ def test_beside_ours_they_have_rows_of_their_own(number, notebook):
     for path in out.glob("tables/claim_*.csv"):
         found = claims.checked(path.stem[-2:].upper(), pd.read_csv(path, keep_default_na=False), path.name)
         assert set(found["encoder"]) == ({""} if path.stem == "claim_c6" else {"", "a"})
-        assert (found["setting"].str.startswith("simclr") == (found["encoder"] == "")).all()
+        trained = found[found["weights"] == ""]
+        assert (trained["setting"].str.startswith("simclr") == (trained["encoder"] == "")).all()
     if number == "07":
         assert set(pd.read_csv(out / "tables/accuracy.csv")["objective"]) == {"simclr", "none", "a", "a, untrained"}
 

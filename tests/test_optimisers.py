@@ -34,6 +34,19 @@ def test_steps_are_those_of_lightlys_lars(how):
     assert not torch.allclose(other[0], theirs[0])
 
 
+def test_a_closure_is_called_with_gradients_and_its_loss_returned():
+    p = torch.ones(3, requires_grad=True)
+    optimiser = LARS([p], lr=0.1)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimiser.step(closure).item() == 3 and torch.allclose(p, torch.full((3,), 0.8))
+
+
 @pytest.mark.parametrize("lr", [0.3, 0.001, 0.0])
 def test_clipped_a_tensors_rate_is_the_smaller_of_the_two(lr):
     """Against You et al.'s rate and the learning rate, tensor by tensor; the last tensor is not rescaled."""

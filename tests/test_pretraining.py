@@ -339,7 +339,7 @@ def test_stopped_at_every_step_it_ends_with_the_same_weights(images, tmp_path, o
             break
         except Stopped as stop:
             assert f"step {stops} of 15" in str(stop) and not stop.interrupted
-    assert stops == 16
+    assert stops == 15  # the call that takes the last step ends it
     assert same_weights(straight, stopped)
     columns = [name for name in straight.history[0] if name != "crops_per_second"]
     for a, b in zip(straight.history, stopped.history, strict=True):
@@ -438,7 +438,7 @@ def test_seconds_count_all_work_up_to_the_last_checkpoint(images, tmp_path, cloc
     monkeypatch.setattr(recording, "LOGS", 1)
     monkeypatch.setattr(runs, "save_checkpoint", lambda run, state: saved.append(state["seconds"]))
     run = train(images, tmp_path, checkpoint_every=0)
-    assert len(saved) == 15 and all(later > sooner + 1 for sooner, later in itertools.pairwise(saved))
+    assert len(saved) == 14 and all(later > sooner + 1 for sooner, later in itertools.pairwise(saved))
     assert run.metrics["seconds"] > saved[-2]
 
 
@@ -479,6 +479,12 @@ def test_a_run_that_cannot_end_sooner_is_refused(images, tmp_path, settings, lin
 def test_a_run_until_its_end_is_the_whole_run():
     assert PretrainConfig(**TINY, until=3) == PretrainConfig(**TINY)
     assert "until" not in PretrainConfig(**TINY, training="untrained", until=1).to_dict()
+
+
+def test_a_time_limit_in_the_last_step_comes_too_late_to_stop_it(images, tmp_path):
+    with pytest.raises(Stopped, match="stopped at step 1 of 2"):
+        train(images, tmp_path, epochs=0.4, time_limit=0)
+    assert train(images, tmp_path, epochs=0.4, time_limit=0).finished
 
 
 def test_a_run_that_went_from_one_machine_to_another_says_so(images, tmp_path, monkeypatch):

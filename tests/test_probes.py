@@ -74,6 +74,9 @@ def test_top_5_is_scikit_learns_and_an_unseen_class_is_never_in_it():
     without = probes.linear(train[0][seen], train[1][seen], *test, regularisations=[1e-3])
     own = probes.linear(train[0][seen], train[1][seen], test[0][test[1] == 19], test[1][test[1] == 19])
     assert without.top5.value < found.top5.value and own.top5.value == own.value == 0
+    two = train[1] < 2  # with so few, every class is among five
+    few = probes.linear(train[0][two], train[1][two], test[0], test[1], regularisations=[1e-3])
+    assert few.top5.value == pytest.approx(100 * (test[1] < 2).double().mean().item())
 
 
 def test_top_5_of_knn_counts_a_class_without_votes_as_wrong():

@@ -239,6 +239,16 @@ def test_a_model_that_was_trained_anew_takes_the_place_of_the_former(record, ima
     assert not (target / name / "evaluations").exists() and not (target / name / WEIGHTS).exists()
 
 
+def test_a_model_that_another_stage_is_about_to_write_keeps_what_is_there(record, tmp_path):
+    made, target = record.parents[2] / "made", tmp_path / "kept"
+    name = of(record, "patch-based").path.name
+    (target / name / "evaluations").mkdir(parents=True)
+    (target / name / "evaluations" / "first.json").write_text("{}")  # its mark comes last
+    records.keep(made / name, tmp_path / "second/runs" / name, False)
+    merge_models(tmp_path / "second/runs", target)
+    assert (target / name / "evaluations" / "first.json").exists() and (target / name / MARK).exists()
+
+
 def test_damage_of_a_model_that_is_asked_for_by_name_is_named(record):
     path = of(record, "patch-based").path / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1] + b"?")

@@ -270,7 +270,7 @@ def reproduce_bare(names: Sequence[str] = (), profile: str = "smoke", overrides:
     What is kept are the models and their evaluations, in the store: with its folders, `reproduce` is quick elsewhere;
     what was trained before is not trained again. Tables and figures go to results/by-hand/. whole: on a box that is
     gone at the time limit, begin nothing that cannot end in it (budget.py); without names go by the order of worth.
-    Takes, returns and raises what `reproduce` does, but that Ctrl-C raises.
+    What it takes is as in `reproduce`; it returns and raises the same, but that Ctrl-C raises. No page is written.
     """
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
     board, codes, done, before = Board(), [], {}, ()

@@ -181,7 +181,7 @@ def merge_models(source: Path, target: Path) -> list[str]:
     names = sorted(path.name for path in source.glob("*"))
     for name in names:
         new, old = source / name, target / name
-        if _weights(new) != _weights(old):
+        if _weights(old) not in (None, _weights(new)):  # None: another stage is about to write it
             shutil.rmtree(old, ignore_errors=True)
         copy_folder(new, old, [HALF] * (old / WEIGHTS).exists())
         if (old / WEIGHTS).exists():

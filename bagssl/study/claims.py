@@ -6,10 +6,11 @@ value with its 95 % interval per row:
 
     dataset, setting ("simclr, multi-scale, K = 256"), measure, value, low, high, unit
 
-and `encoder`, for encoders that others trained, and `scale`, the patches' share of the image's area, where a rule asks
-for it. An exact check has low = high = value. A claim holds if every condition has rows and each row's interval lies on
-the right side of the threshold, and does not hold if one lies wholly on the wrong side: `Condition.judge` judges a row,
-and the worst decides (`judged`). Rows whose measure no rule names, or of patches of another scale than it asks for, are
+and `encoder`, for encoders that others trained, `scale`, the patches' share of the image's area, where a rule asks for
+it, and `weights`, "random" for a control, of which the ledger says what the same rule would say. An exact check has
+low = high = value. A claim holds if every condition has rows and each row's interval lies on the right side of the
+threshold, and does not hold if one lies wholly on the wrong side: `Condition.judge` judges a row, and the worst decides
+(`judged`). Rows whose measure no rule names, of patches of another scale than it asks for, or of random weights, are
 kept, and decide nothing.
 """
 
@@ -33,12 +34,15 @@ HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not m
 COLUMNS = ["dataset", "setting", "measure", "value", "low", "high", "unit"]
 ENCODER = "encoder"  # a further column: of models that others trained; empty for our own
 SCALE = "scale"  # a further column: the patches' share of the image's area; empty where that is of no matter
+WEIGHTS = "weights"  # a further column: "random" for a control, which decides nothing; empty for what was trained
+FURTHER = {SCALE: np.nan, ENCODER: "", WEIGHTS: ""}  # the columns that evidence may lack -> what they say then
 NUMBERS = ["value", "low", "high"]
-WORDS = [ENCODER, *(name for name in COLUMNS if name not in NUMBERS)]  # a dataset may be called 007
+WORDS = [ENCODER, WEIGHTS, *(name for name in COLUMNS if name not in NUMBERS)]  # a dataset may be called 007
 DRAWN = 12  # intervals drawn for a verdict at most, the worst
+CONTROL = "random weights"  # the verdict on them, by those conditions that can be asked of them
 FORMER = "verdict before"  # under the rule as it was before it was changed
-LEDGER = ["claim", "dataset", ENCODER, "statement", "measure", "value", "rule", "verdict", FORMER, "hardware", "table",
-          "notebook"]  # fmt: skip
+LEDGER = ["claim", "dataset", ENCODER, "statement", "measure", "value", "rule", "verdict", CONTROL, FORMER, "hardware",
+          "table", "notebook"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> "Ruling":
     Raises InputError for evidence that cannot be judged.
     """
     rows = checked(claim, frame, f"evidence for {claim}")
-    further = {SCALE: rows[SCALE].notna().any(), ENCODER: rows[ENCODER].any()}
+    further = {SCALE: rows[SCALE].notna().any(), **{name: rows[name].any() for name in (ENCODER, WEIGHTS)}}
     written = rows[[*COLUMNS, *(name for name, used in further.items() if used)]]
     shown = written[[name for name in ("dataset", ENCODER, "setting", "measure") if name in written]]
     shown = shown.assign(value=[text(row) for row in rows.to_dict("records")])
@@ -150,19 +154,20 @@ def write_evidence(output: Path, claim: str, frame: pd.DataFrame) -> "Ruling":
 
 
 def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Evidence with its encoder and scale, numbers as numbers. InputError, in one line that begins with `where`, if it
-    cannot be judged."""
+    """Evidence with all of its FURTHER columns, numbers as numbers. InputError, in one line that begins with `where`,
+    if it cannot be judged."""
     if claim not in CLAIMS:
         raise InputError(f"{where}: no such claim; known: {', '.join(CLAIMS)}")
     if missing := [name for name in COLUMNS if name not in frame]:
         raise InputError(f"{where}: missing columns: {', '.join(missing)}")
-    rows = _complete(frame)[[*COLUMNS, SCALE, ENCODER]].reset_index(drop=True)
+    rows = _complete(frame)[[*COLUMNS, *FURTHER]].reset_index(drop=True)
     rows[[*NUMBERS, SCALE]] = rows[[*NUMBERS, SCALE]].apply(pd.to_numeric, errors="coerce").astype(float)
     units = {each.measure: each.unit for each in CLAIMS[claim].conditions if each.unit}
     faults = {
         "value, low and high must be finite numbers": ~np.isfinite(rows[NUMBERS]).all(axis=1),
         "low is above high": rows["low"] > rows["high"],
         "its scale is no share of an image's area": (rows[SCALE] <= 0) | (rows[SCALE] > 1),
+        "its weights are neither empty nor random": ~rows[WEIGHTS].isin(["", "random"]),
         "its unit is not that of its rule": [units.get(row.measure, row.unit) != row.unit for row in rows.itertuples()],
     }
     for fault, wrong in faults.items():
@@ -174,13 +179,16 @@ def checked(claim: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
         if not own["measure"].isin(known).any():
             rule = "; ".join(known) or "none"
             raise InputError(f"{where}: on {dataset}, none of its measures is in the rule: {rule}")
+    for dataset, _, own in subjects(rows):
+        if own[WEIGHTS].all():
+            raise InputError(f"{where}: on {dataset}, random weights alone decide nothing")
     return rows
 
 
 def _complete(evidence: pd.DataFrame) -> pd.DataFrame:
-    """With the columns that evidence may lack: of our own models, and of no scale."""
-    return evidence.assign(**{name: nothing for name, nothing in ((ENCODER, ""), (SCALE, np.nan))
-                              if name not in evidence})  # fmt: skip
+    """With the columns that evidence may lack."""
+    lacking = {name: nothing for name, nothing in FURTHER.items() if name not in evidence}
+    return evidence.assign(**lacking).fillna({ENCODER: "", WEIGHTS: ""})
 
 
 def subjects(evidence: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -222,7 +230,7 @@ def judged(claim: str, evidence: pd.DataFrame) -> pd.DataFrame:
 def _judged(evidence: pd.DataFrame, rules: Mapping[str, list[Condition]],
             asked: Callable[[pd.DataFrame], pd.Series]) -> pd.DataFrame:  # fmt: skip
     found = []
-    for dataset, _, own in subjects(evidence):
+    for dataset, _, own in subjects(evidence[_complete(evidence)[WEIGHTS] == ""]):
         for rank, each in enumerate(rules[dataset]):
             rows = own[(own["measure"] == each.measure) & asked(own)].to_dict("records")
             unknown = dict.fromkeys([*NUMBERS, SCALE], np.nan)
@@ -232,6 +240,14 @@ def _judged(evidence: pd.DataFrame, rules: Mapping[str, list[Condition]],
                 order = (FAILS, UNDECIDED, HOLDS).index(state)
                 found.append({**row, "state": state, "rule": str(each), "by": (order, rank, margin)})
     return pd.DataFrame(sorted(found, key=lambda row: row["by"]))
+
+
+def control(claim: str, evidence: pd.DataFrame) -> str:
+    """The verdict on the random weights in one subject's evidence, by the conditions that were asked of them; or ""."""
+    about, random = CLAIMS[claim], evidence[_complete(evidence)[WEIGHTS] != ""].assign(**{WEIGHTS: ""})
+    random = random[about.asked(random)]
+    rules = [each for each in about.conditions if each.measure in set(random["measure"])]
+    return _judged(random, {random["dataset"].iloc[0]: rules}, about.asked).iloc[0]["state"] if rules else ""
 
 
 def former(claim: str, evidence: pd.DataFrame) -> str:
@@ -285,8 +301,10 @@ class Ruling:
     def rows(self) -> pd.DataFrame:
         """Every row of the evidence, what decides first, as text."""
         about = CLAIMS[self.claim]
-        named = self.evidence["measure"].isin([each.measure for each in about.conditions])
-        others = self.evidence[~(named & about.asked(self.evidence))].assign(state="decides nothing", rule="")
+        named = pd.Series([row.measure in [each.measure for each in about.on(row.dataset)]
+                           for row in self.evidence.itertuples()], dtype=bool)
+        decides = named & about.asked(self.evidence) & (self.evidence[WEIGHTS] == "")
+        others = self.evidence[~decides].assign(state="decides nothing", rule="")
         rows = pd.concat([judged(self.claim, self.evidence), others], ignore_index=True).fillna({"rule": ""})
         rows["measured"] = [text(row) for row in rows.to_dict("records")]
         rows["asked"] = [row.rule.removeprefix(row.measure).strip() or tables.DASH for row in rows.itertuples()]
@@ -302,9 +320,10 @@ class Ruling:
                             for each in self.entries)  # fmt: skip
         about = CLAIMS[self.claim]
         notes = f" ({names.cell(about.notes)})" * bool(about.notes)
-        before = "".join(f" Before the change, {names.cell(subject(each))}: {each[FORMER]}."
-                         for each in self.entries if each[FORMER])  # fmt: skip
-        return f"**{self.claim}**: {about.statement} {verdicts}{notes}{before}\n\n{tables.markdown(self.rows)}"
+        beside = "".join(f" {said}, {names.cell(subject(each))}: {each[name]}."
+                         for name, said in ((CONTROL, "Random weights by the same rule"), (FORMER, "Before the change"))
+                         for each in self.entries if each[name])  # fmt: skip
+        return f"**{self.claim}**: {about.statement} {verdicts}{notes}{beside}\n\n{tables.markdown(self.rows)}"
 
     def _repr_html_(self) -> str:
         rows = judged(self.claim, self.evidence)
@@ -363,7 +382,7 @@ def hardware(folder: Path) -> str:
 
 def collect(results: Path, profile: str) -> pd.DataFrame:
     """All evidence of a profile, with claim, experiment, hardware, and the table and notebook that hold it."""
-    found = [pd.DataFrame(columns=[*COLUMNS, SCALE, ENCODER, "claim", "experiment", "hardware", "table", "notebook"])]
+    found = [pd.DataFrame(columns=[*COLUMNS, *FURTHER, "claim", "experiment", "hardware", "table", "notebook"])]
     for folder in experiment_folders(results, profile):
         for path in sorted(folder.glob("tables/claim_c*.csv")):
             claim = path.stem.removeprefix("claim_").upper()
@@ -396,13 +415,14 @@ def _entry(claim: str, dataset: str, encoder: str, evidence: pd.DataFrame) -> di
     rule = "; ".join(filter(None, [*map(str, about.on(dataset) if dataset else about.conditions), about.notes]))
     entry = {**dict.fromkeys(LEDGER, ""), "claim": claim, "dataset": dataset, ENCODER: encoder,
              "statement": about.statement, "rule": rule, "verdict": MISSING,
-             FORMER: former(claim, evidence)}  # fmt: skip
+             CONTROL: control(claim, evidence), FORMER: former(claim, evidence)}  # fmt: skip
     if evidence.empty:
         return entry
     rows = judged(claim, evidence)
     worst, value = rows.iloc[0], text(rows.iloc[0])
+    alike = (rows["measure"] == worst["measure"]).sum()
     if len(rows) > 1 and worst["setting"]:
-        value += f"; worst of {len(rows)}: {worst['setting']}"
+        value += f"; worst of {alike}: {worst['setting']}" if alike > 1 else f"; {worst['setting']}"
     named = ["measure", "hardware", "table", "notebook"]
     return {**entry, **worst[worst.index.intersection(named)], "value": value, "verdict": worst["state"]}
 
@@ -412,7 +432,7 @@ def write_ledger(results: Path, profile: str) -> pd.DataFrame:
     found = ledger(results, profile)
     links = [f"[table]({quote(row.table)}), [notebook]({quote(row.notebook)})" if row.table else ""
              for row in found.itertuples()]  # fmt: skip
-    silent = ["table", "notebook", *(name for name in (ENCODER, FORMER) if not found[name].any())]
+    silent = ["table", "notebook", *(name for name in (ENCODER, CONTROL, FORMER) if not found[name].any())]
     shown = found.drop(columns=silent).assign(evidence=links).replace("", tables.DASH)
     page = f"# The claims, profile {profile}\n\n{tables.markdown(shown, ['evidence'])}"
     for name, text in (("claims.csv", found.to_csv(index=False, lineterminator="\n")), ("claims.md", page)):

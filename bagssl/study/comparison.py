@@ -44,7 +44,7 @@ def arms(objectives: Sequence[str], seeds: Sequence[int], recipe: Mapping[str, A
             raise InputError(f"overrides of {name} = {settings!r} must be a mapping of settings to values")
     changes = [{**overrides.get(objective, {}), "objective": objective, "training": training, "seed": seed}
                for objective in objectives for training in trainings for seed in seeds]  # fmt: skip
-    changes += [{"training": "untrained", "seed": seed} for seed in seeds]
+    changes += [{"training": "untrained", "seed": seed, "options": {}} for seed in seeds]  # they are an objective's
     return [PretrainConfig.from_dict({**recipe, **change}) for change in changes]
 
 
@@ -60,11 +60,11 @@ def varied(objective: str, seeds: Sequence[int], recipe: Mapping[str, Any],
         raise InputError(f"{settings!r} must be a mapping of settings to values")
     if wrong := sorted({"dataset", "objective", "seed", "epochs", "batch_size"} & settings.keys()):
         raise InputError(f"{', '.join(wrong)} is set by the notebook itself")
-    each = {**recipe, **settings}
+    each = {**recipe, **overrides.get(objective, {}), **settings}  # what is tried comes last
     training = [each.pop("training", "patch-based")]
-    views = arms([objective], seeds, each, overrides, training)[0].views  # an override may have set them
+    views = arms([objective], seeds, each, {}, training)[0].views
     length = {"batch_size": max(2, round(crops_per_step / views)), "epochs": epochs * recipe["views"] / views}
-    return arms([objective], seeds, {**each, **length}, overrides, training)
+    return arms([objective], seeds, {**each, **length}, {}, training)
 
 
 def train_all(configs: Sequence[PretrainConfig], images: Images, **options: Any) -> list[Run]:
@@ -194,11 +194,13 @@ def _rows(table: pd.DataFrame, **where: Any) -> pd.DataFrame:
 def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
     """a - b in points of accuracy, paired by seed: rows of `measure_all`, one per seed, on `images` test images.
 
-    The interval and its verdict are those of `gains`.
+    The interval and its verdict are those of `gains`. Raises InputError where a and b are not of the same seeds.
     """
     a, b = (rows.set_index("seed").sort_index() for rows in (a, b))
+    if not a.index.equals(b.index):
+        raise InputError(f"seeds {list(a.index)} and {list(b.index)} make no pairs: measure the same of both")
     points = (a["accuracy"] - b["accuracy"]).to_numpy(float)
-    first, second = (np.mean([unpack_correct(each, images) for each in rows["correct"]], axis=0) for rows in (a, b))
+    first, second = _right(a, images), _right(b, images)
     if len(points) > 1:
         (over_images,) = intervals.bootstrap(100 * (first - second)[:, None], lambda means: means)
         beside = {"images_low": over_images.low, "images_high": over_images.high}
@@ -210,6 +212,11 @@ def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
             "verdict": verdict}  # fmt: skip
 
 
+def _right(rows: pd.DataFrame, images: int) -> np.ndarray:
+    """How often each of the test images was right, over the seeds: [images]."""
+    return np.mean([unpack_correct(packed, images) for packed in rows["correct"]], axis=0)
+
+
 def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images: int,
                       seed: int = 0) -> dict[str, float]:
     """The median over pairs (a, b) of a - b, in points, and its 95 % interval.
@@ -217,10 +224,7 @@ def median_difference(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], images
     a and b as in `difference`. The interval is a bootstrap over the test images, the same for all pairs; the seeds
     of a pair are averaged.
     """
-    def right(rows: pd.DataFrame) -> np.ndarray:
-        return np.mean([unpack_correct(packed, images) for packed in rows["correct"]], axis=0)
-
-    better = np.stack([right(a) - right(b) for a, b in pairs])  # [pairs, images]
+    better = np.stack([_right(a, images) - _right(b, images) for a, b in pairs])  # [pairs, images]
     (found,) = intervals.bootstrap(100 * better.T, lambda means: np.median(means, axis=1), seed)
     return {"points": found.value, "low": found.low, "high": found.high}
 

@@ -2,7 +2,7 @@
 
 A joint is p(x1, x2) of two patches of one image, a symmetric float64 tensor [P, P] that sums to 1; its marginal is
 p(x) [P]. What is to be modelled is the ratio p(x1, x2) / (p(x1) p(x2)): 1 for patches that meet as often as by
-chance. Projections are z [P, D], one row for each of the P patches; all functions work in float64.
+chance. Projections are z [P, D], one row for each of the P patches; joints are in float64, kernels of z in its type.
 
 Two losses (spectral contrastive: HaoChen et al. 2021):
 

@@ -1,8 +1,8 @@
 """What an image's embedding has of its patches (claim C4), and what a patch's has of its place (C5, C6).
 
 Features are [patches K, images N, dim]; those of bags, the means over patches, are [1, N, dim]. A cosine is
-centred where the mean over all patches of all images is subtracted from both sides first: embeddings are
-non-negative, so raw cosines are high whatever the images show.
+centred where from each side its own mean over the images is subtracted first: embeddings are non-negative, so raw
+cosines are high whatever the images show.
 
 Images are independent of each other, the patches of one image are not. So a measure is kept as one numerator
 and one denominator per image; its value is the ratio of their means, and `estimate` resamples images.
@@ -108,12 +108,17 @@ def convergence(embedded: Mapping[int, Tensor], seed: int = 0) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def nearness(near: pd.DataFrame, floor: pd.DataFrame) -> dict[str, Estimate]:
-    """The measures of `C4` by the largest bags, from `convergence` of an encoder and of its untrained control."""
-    own, other, control = (
-        share(rows[rows["centred"] & (rows["patches"] == patches) & (rows["k"] == rows["k"].max())].sort_values("image")
-              ["cosine"]) for rows, patches in ((near, "own"), (near, "another image's"), (floor, "own")))  # fmt: skip
-    return dict(zip(C4, (estimate(own), estimate(own, minus=other), estimate(own, minus=control)), strict=True))
+def nearness(near: pd.DataFrame, floor: pd.DataFrame | None = None) -> dict[str, Estimate]:
+    """The measures of `C4` by the largest bags, from `convergence` of an encoder and of its untrained control; without
+    one, as for the control itself, those that need none.
+    """
+    def cosines(rows: pd.DataFrame, patches: str) -> Ratio:
+        rows = rows[rows["centred"] & (rows["patches"] == patches) & (rows["k"] == rows["k"].max())]
+        return share(rows.sort_values("image")["cosine"])
+
+    own = cosines(near, "own")
+    minus = [None, cosines(near, "another image's"), *([] if floor is None else [cosines(floor, "own")])]
+    return {measure: estimate(own, minus=each) for measure, each in zip(C4, minus, strict=False)}
 
 
 def sampling_error(embedded: Mapping[int, Tensor]) -> tuple[list[int], np.ndarray]:
@@ -265,7 +270,7 @@ def changes(pixels: Tensor, boxes: Tensor, shifts: Sequence[int], seed: int = 0)
     """{name: (pixels, boxes)} of patches changed, all those of one image in the one way that is drawn for it.
 
     "shift d px": up, down, left or right; "scale": twice or half the area about the same centre; "colour":
-    the training recipe's jitter of the image's brightness, contrast, saturation and hue; "flip": mirrored.
+    the default recipe's jitter of the image's brightness, contrast, saturation and hue; "flip": mirrored.
     """
     n, width, generator = len(pixels), pixels.shape[3], Generator().manual_seed(seed)
     steps = torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]])[torch.randint(4, (n,), generator=generator)]

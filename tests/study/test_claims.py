@@ -125,6 +125,61 @@ def test_a_measure_that_no_rule_names_decides_nothing():
     assert verdict("C4", pd.concat([evidence("C4", "cifar10"), more])) == HOLDS
 
 
+def test_rows_without_an_encoder_are_our_own_whatever_stands_in_for_it(tmp_path):
+    ours, theirs = evidence("C5", "cifar10", {0: -0.2}), evidence("C5", "cifar10")
+    rows = [*ours.to_dict("records"), *theirs.assign(encoder="theirs").to_dict("records")]
+    ruling = claims.write_evidence(tmp_path, "C5", pd.DataFrame(rows))  # NaN, where a row has no such key
+    assert [(each["encoder"], each["verdict"]) for each in ruling.entries] == [("", FAILS), ("theirs", HOLDS)]
+    assert len(ruling.rows) == len(rows)
+
+
+def test_a_measure_that_is_asked_on_another_dataset_is_listed():
+    other = evidence("C1", "discrete joints").iloc[:1].assign(dataset="synthetic")
+    rows = pd.concat([evidence("C1", "synthetic"), other])
+    shown = claims.Ruling("C1", claims.checked("C1", rows, "rows")).rows
+    assert shown["state"].tolist() == [HOLDS, HOLDS, "decides nothing"]
+
+
+# ---- random weights, a control
+
+
+def random_weights(claim: str, shifts: dict[int, float], keep: int | None = None) -> pd.DataFrame:
+    return evidence(claim, "cifar10", shifts).assign(setting="untrained", weights="random").iloc[:keep]
+
+
+@pytest.mark.parametrize(("shifts", "keep", "said"), [
+    ({}, None, HOLDS), ({2: -0.1}, None, FAILS), ({2: -0.1}, 2, HOLDS)], ids=["all", "one fails", "it is not asked"])
+def test_random_weights_decide_nothing_and_the_ledger_says_what_the_rule_says_of_them(shifts, keep, said, tmp_path):
+    control, ours = random_weights("C5", shifts, keep), evidence("C5", "cifar10", {0: -0.2})
+    ruling = claims.write_evidence(tmp_path, "C5", pd.concat([ours, control]))
+    (found,) = ruling.entries
+    assert (found["verdict"], found[claims.CONTROL]) == (FAILS, said) and "untrained" not in found["value"]
+    assert (ruling.rows["state"] == "decides nothing").sum() == len(control)
+    assert f"random weights by the same rule: {said}" in ruling._repr_html_()
+    assert f"Random weights by the same rule, cifar10: {said}." in ruling._repr_markdown_()
+    read = claims.checked("C5", pd.read_csv(tmp_path / "tables/claim_c5.csv", keep_default_na=False), "read")
+    assert claims.Ruling("C5", read).entries == ruling.entries
+    (without,) = claims.write_evidence(tmp_path, "C5", ours).entries
+    assert without[claims.CONTROL] == "" and {**found, claims.CONTROL: ""} == without
+
+
+def test_random_weights_of_another_scale_than_the_rule_asks_for_are_not_asked(tmp_path):
+    small, large = (random_weights("C4", {0: shift}, 2).assign(scale=scale)
+                    for shift, scale in ((-0.1, 0.2), (0.1, 0.6)))
+    both = pd.concat([evidence("C4", "cifar10").assign(scale=0.2), small, large])
+    assert claims.control("C4", both) == FAILS
+    assert claims.control("C4", both[both["scale"] == 0.6]) == ""
+
+
+@pytest.mark.parametrize(("frame", "said"), [
+    (random_weights("C5", {}), "on cifar10, random weights alone decide nothing"),
+    (evidence("C5", "cifar10").assign(weights="trained"), "its weights are neither empty nor random"),
+])
+def test_a_control_that_can_not_be_one_is_refused(frame, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        claims.write_evidence(tmp_path, "C5", frame)
+
+
 # ---- rules that were changed
 
 
@@ -320,7 +375,7 @@ def test_the_ledger_has_a_row_per_claim_and_dataset_with_the_worst_value(tmp_pat
     assert list(ledger.columns) == claims.LEDGER
     assert ledger["claim"].tolist() == ["C1", "C2", "C2", "C2", "C3", "C4", "C5", "C6", "C7"]
     found = entry(ledger, "C2", "cifar10")
-    assert found["verdict"] == UNDECIDED and found["value"] == "-1.5 points (-2.5 to -0.5); worst of 4: arm 0.5"
+    assert found["verdict"] == UNDECIDED and found["value"] == "-1.5 points (-2.5 to -0.5); worst of 3: arm 0.5"
     sides = ("centre crop", "bag")
     rule = [f"patch-based bag over multi-scale {side} above -2 points" for side in sides]
     assert found["rule"] == "; ".join([*rule, CLAIMS["C2"].notes]) and "harder" in CLAIMS["C2"].notes

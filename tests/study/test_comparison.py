@@ -65,9 +65,17 @@ def test_a_varied_recipe_differs_in_what_is_said_and_sees_as_many_crops():
         assert other.steps(1600) * other.crops_per_step == plain.steps(1600) * plain.crops_per_step
     assert varied({"training": "multi-scale"}).training == "multi-scale"
     assert varied({}, tcr={"views": 16}).batch_size == 8
+    overridden = varied({"views": 8, "options": {"invariance": 30}}, tcr={"options": {"invariance": 100}, "hue": 0.3})
+    assert (overridden.views, overridden.batch_size, overridden.hue) == (8, 16, 0.3)  # what is tried comes last
+    assert overridden.options == {"invariance": 30}
     for wrong in (3, {"epochs": 3}, {"batch_size": 8}, {"seed": 1}):
         with pytest.raises(InputError, match="mapping|set by the notebook"):
             varied(wrong)
+
+
+def test_options_of_an_objective_in_the_recipe_are_not_the_untrained_encoders():
+    arms = comparison.arms(["simclr"], [0], {**RECIPE, "options": {"temperature": 0.2}}, {})
+    assert [dict(arm.options) for arm in arms] == [{"temperature": 0.2}] * 2 + [{}]
 
 
 def test_a_setting_that_does_not_exist_is_refused():
@@ -125,6 +133,14 @@ def test_bags_of_several_scales_are_probed_side_by_side(images, finished):
     assert np.array_equal(unpack_correct(row["correct"], len(test)), expected.correct.numpy())
     (alone,) = evaluate(run, train, test, [4], scale=0.1, probes=["knn"], progress=False)
     assert alone["correct"] != row["correct"]  # negative control
+
+
+def test_the_whole_image_has_no_scale_and_stands_once_beside_bags_of_several(images, finished, monkeypatch):
+    run, (train, test), dims = finished[0], images, []
+    monkeypatch.setitem(evaluation.PROBES, "knn", lambda *features: dims.append(features[0].shape[1]) or knn(*features))
+    evaluate(run, train, test, [0, 4], scale=(0.1, 0.5), probes=["knn"], seed=5, progress=False)
+    dim = load_encoder(run).dim
+    assert dims == [dim, 2 * dim]
 
 
 def test_a_share_of_the_training_images_is_held_out(images, finished):
@@ -200,6 +216,12 @@ def test_a_difference_counts_when_its_interval_excludes_zero(seeds, points, verd
     assert other["second"] == "untrained, K = 16" and other["verdict"] == "undecided" and other["points"] == 0
     assert ((gains["low"] <= gains["points"]) & (gains["points"] <= gains["high"])).all()
     assert comparison.sentences(gains).count(f"{points + 0.05 * (seeds - 1):+.1f} points") == 4
+
+
+def test_models_of_other_seeds_make_no_pairs():
+    rows = made_up(1, 3).query("training == 'patch-based' and k == 16")
+    with pytest.raises(InputError, match=r"seeds \[0, 1, 2\] and \[0, 1\] make no pairs"):
+        comparison.difference(rows, rows[rows["seed"] < 2], 1000)
 
 
 def test_over_several_seeds_the_interval_over_images_stands_beside():
