@@ -191,22 +191,26 @@ def _rows(table: pd.DataFrame, **where: Any) -> pd.DataFrame:
     return table[(table[list(where)] == list(where.values())).all(axis=1)]
 
 
-def difference(a: pd.DataFrame, b: pd.DataFrame, images: int) -> dict[str, Any]:
+def difference(a: pd.DataFrame, b: pd.DataFrame, images: int, beyond: Sequence[pd.DataFrame] = ()) -> dict[str, Any]:
     """a - b in points of accuracy, paired by seed: rows of `measure_all`, one per seed, on `images` test images.
 
-    The interval and its verdict are those of `gains`. Raises InputError where a and b are not of the same seeds.
+    beyond: a pair (c, d), and then it is (a - b) - (c - d), how much more a gains on b than c on d. The interval and
+    its verdict are those of `gains`. Raises InputError where they are not all of the same seeds.
     """
-    a, b = (rows.set_index("seed").sort_index() for rows in (a, b))
-    if not a.index.equals(b.index):
-        raise InputError(f"seeds {list(a.index)} and {list(b.index)} make no pairs: measure the same of both")
-    points = (a["accuracy"] - b["accuracy"]).to_numpy(float)
-    first, second = _right(a, images), _right(b, images)
-    if len(points) > 1:
-        (over_images,) = intervals.bootstrap(100 * (first - second)[:, None], lambda means: means)
-        beside = {"images_low": over_images.low, "images_high": over_images.high}
-        found = intervals.over_seeds(points)
+    plus, minus = ([rows.set_index("seed").sort_index() for rows in side]
+                   for side in ((a, *beyond[1:]), (b, *beyond[:1])))  # fmt: skip
+    if odd := [rows for rows in (*plus, *minus) if not rows.index.equals(plus[0].index)]:
+        raise InputError(f"seeds {list(plus[0].index)} and {list(odd[0].index)} make no pairs: measure the same of all")
+    points = sum(rows["accuracy"] for rows in plus) - sum(rows["accuracy"] for rows in minus)
+    better = sum(_right(rows, images) for rows in plus) - sum(_right(rows, images) for rows in minus)  # [images]
+    if len(points) > 1 or beyond:
+        (found,) = intervals.bootstrap(100 * better[:, None], lambda means: means)
     else:
-        found, beside = intervals.paired(first - second), {}
+        found = intervals.paired(better)
+    beside = {}
+    if len(points) > 1:
+        beside = {"images_low": found.low, "images_high": found.high}
+        found = intervals.over_seeds(points.to_numpy(float))
     verdict = "above" if found.low > 0 else "below" if found.high < 0 else "undecided"
     return {"points": found.value, "low": found.low, "high": found.high, "seeds": len(points), **beside,
             "verdict": verdict}  # fmt: skip
@@ -239,7 +243,8 @@ def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
     against = np.where(rows["second"] == "multi-scale, centre crop", "centre crop", "bag")
     return pd.DataFrame({
         "dataset": dataset,
-        "setting": rows["objective"] + ", " + rows["probe"] + rows["first"].str.removeprefix("patch-based"),
+        "setting": rows["objective"] + ", " + rows["probe"] + rows["first"].str.removeprefix("patch-based")
+        + [f", {count} seed{'s' * (count > 1)}" for count in rows["seeds"]],
         "measure": [f"patch-based bag over multi-scale {other}" for other in against],
         "value": rows["points"], "low": rows["low"], "high": rows["high"], "unit": "points"})  # fmt: skip
 

@@ -447,7 +447,9 @@ def gains(points: float) -> pd.DataFrame:
 @pytest.mark.parametrize(("points", "expected"), [(5, HOLDS), (-0.5, HOLDS), (-2, UNDECIDED), (-5, FAILS)])
 def test_the_comparison_decides_c2_by_the_bag_over_the_centre_crop_and_over_the_bag(points, expected):
     found = comparison.evidence(gains(points), "cifar10")
-    assert found["setting"].tolist() == ["tcr, linear, K = 16"] * 2 + ["tcr, knn, K = 16"] * 2
+    assert found["setting"].tolist() == ["tcr, linear, K = 16, 2 seeds"] * 2 + ["tcr, knn, K = 16, 2 seeds"] * 2
+    alone = comparison.evidence(gains(points).assign(seeds=1), "cifar10")
+    assert alone["setting"].iloc[0] == "tcr, linear, K = 16, 1 seed"
     assert verdict("C2", found) == expected
     crop, bag = (gains(points)["second"] == f"multi-scale, {side}" for side in ("centre crop", "K = 16"))
     for part in (~crop, ~bag):  # half of the evidence

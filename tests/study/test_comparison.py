@@ -224,6 +224,31 @@ def test_models_of_other_seeds_make_no_pairs():
         comparison.difference(rows, rows[rows["seed"] < 2], 1000)
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_how_much_more_one_gains_than_another_is_drawn_on_the_same_images(seeds):
+    generator = np.random.default_rng(0)
+
+    def rows(share):  # one row per seed, of which each image is right with the same luck in all four
+        right = [luck < share for luck in lucks]
+        return pd.DataFrame({"seed": range(seeds), "accuracy": [100 * each.mean() for each in right],
+                             "correct": [np.packbits(each).tobytes().hex() for each in right]})  # fmt: skip
+
+    lucks = generator.random((seeds, 4000))
+    a, b, c, d = (rows(share) for share in (0.7, 0.6, 0.5, 0.45))
+    found = comparison.difference(a, b, 4000, (c, d))
+    first, second = comparison.difference(a, b, 4000), comparison.difference(c, d, 4000)
+    assert found["points"] == pytest.approx(first["points"] - second["points"]) and found["seeds"] == seeds
+    right = [np.mean([unpack_correct(each, 4000) for each in rows["correct"]], axis=0) for rows in (a, b, c, d)]
+    each = 100 * (right[0] - right[1] - right[2] + right[3])
+    drawn = each[np.random.default_rng(1).integers(0, 4000, (4000, 4000))].mean(axis=1)
+    ends = [found[name] for name in (("low", "high") if seeds == 1 else ("images_low", "images_high"))]
+    assert ends == pytest.approx(np.percentile(drawn, (2.5, 97.5)), abs=0.15)
+    assert comparison.difference(c, d, 4000, (a, b))["points"] == pytest.approx(-found["points"])
+    assert comparison.difference(a, b, 4000, (a, b))["verdict"] == "undecided"  # nobody gains more than himself
+    with pytest.raises(InputError, match="make no pairs"):
+        comparison.difference(a, b, 4000, (c, d[:0]))
+
+
 def test_over_several_seeds_the_interval_over_images_stands_beside():
     """It is that of images drawn anew, seeds averaged; with one seed there is no other to stand beside."""
     measured = made_up(10, 3)
