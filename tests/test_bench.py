@@ -133,8 +133,17 @@ def test_pictures_are_imported_and_gathered_beside_what_pillow_and_torch_do(monk
     monkeypatch.setattr(feeding, "SIDES", ((60, 80), (90, 70)))
     machine = Machine("synthetic", quick=True)
     rows = [*feeding.importing(machine), *feeding.gathering(machine)]
-    assert len(rows) == 3 and all(row["rate"] > 0 and row["their rate"] > 0 for row in rows)
-    assert [row["aim"] for row in rows] == [None, 0.8, 15]
+    assert len(rows) == 4 and all(row["rate"] > 0 and row["their rate"] > 0 for row in rows)
+    assert [row["aim"] for row in rows] == [None, 0.8, 15, None]
+
+
+def test_gathering_is_measured_by_one_thread_and_by_all(monkeypatch):
+    machine, threads, before = Machine("synthetic", quick=True), [], torch.get_num_threads()
+    monkeypatch.setattr(Machine, "race", lambda self, works: threads.append(torch.get_num_threads()) or
+                        {name: [1.0] for name in works})  # fmt: skip
+    rows = list(feeding.gathering(machine))
+    assert threads == [1, machine.cores] and torch.get_num_threads() == before
+    assert [row["measure"].rpartition(", ")[2] for row in rows] == ["1 thread", f"{machine.cores} threads"]
 
 
 def test_two_processes_train_beside_one(monkeypatch):
@@ -173,6 +182,13 @@ def test_out_of_time_it_stops_between_rows_and_goes_on_with_those_that_are_left(
     monkeypatch.setattr(bench, "package_hash", lambda **how: "other code")  # all of it again
     with pytest.raises(Stopped, match="time is up, b left"):
         bench.bench(**here)
+
+
+def test_processors_of_one_name_have_a_file_each_by_their_precision():
+    here = {"gpu": None, "processor": "AMD (R) EPYC", "cores": 2}
+    assert bench._slug(here, "float32") == "amd-r-epyc-2-cores"
+    assert bench._slug(here, "bfloat16") == "amd-r-epyc-2-cores-bfloat16"
+    assert bench._slug({**here, "gpu": "One H200"}, "bfloat16") == "one-h200"
 
 
 def test_a_row_that_does_not_exist_is_refused(capsys):

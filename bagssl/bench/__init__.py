@@ -47,7 +47,8 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
         raise InputError(f"no row {wrong[0]!r} in the bench: choose among {', '.join(ROWS)}")
     machine = Machine(dataset, quick)
     made = runs.provenance()
-    path = Path(output) if output else results_root() / "bench" / f"{_slug(made['hardware'])}.json"
+    precision = str(machine.dtype).removeprefix("torch.")
+    path = Path(output) if output else results_root() / "bench" / f"{_slug(made['hardware'], precision)}.json"
     record = {"rows": {}} if not path.exists() else runs.read_json(path)
     todo = list(names or ROWS)
     sources = package_hash(without=frozenset())
@@ -62,7 +63,7 @@ def bench(names: Sequence[str] = (), dataset: str | None = None, quick: bool = F
             found.append({**row, "dataset": machine.dataset, **made_by})
             print(line(row), flush=True)
         record["rows"][name] = found
-        record |= {"hardware": made["hardware"], "precision": str(machine.dtype).removeprefix("torch.")}
+        record |= {"hardware": made["hardware"], "precision": precision}
         if output or not quick:
             path.parent.mkdir(parents=True, exist_ok=True)
             runs.write_json(path, record)
@@ -102,6 +103,8 @@ def _short(rate: float) -> str:
     return f"{rate / 1e9:.3g} G" if rate >= 1e9 else f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def _slug(hardware: Mapping[str, Any]) -> str:
+def _slug(hardware: Mapping[str, Any], precision: str) -> str:
+    """A machine's name in files; processors of one name may be several times as fast if they multiply in bfloat16."""
     words = hardware["gpu"] or f"{hardware['processor']} {hardware['cores']} cores"
+    words += " bfloat16" * (precision == "bfloat16" and not hardware["gpu"])
     return "-".join(re.findall(r"[^\W_]+", words.lower()))

@@ -1,5 +1,6 @@
 """The rows of large datasets: pictures decoded into shards, and images gathered from them."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -72,7 +73,8 @@ def _album(machine: Machine, folder: Path, count: int) -> Path:
 def gathering(machine: Machine) -> Iterator[dict]:
     """Random images a second from shards into one buffer, over `pixels[index]` of one file; both have been read before.
 
-    A file is mapped into memory, as datasets are.
+    A file is mapped into memory, as datasets are. By one thread, as a training has beside its steps, and by all cores,
+    where the memory is the limit of both.
     """
     count, per = machine.size["gathered"], shards.SHARD // (3 * SIDE**2)
     batch, generator = min(256, count), torch.Generator().manual_seed(0)
@@ -90,6 +92,19 @@ def gathering(machine: Machine) -> Iterator[dict]:
         def places() -> torch.Tensor:
             return torch.randint(count, (batch,), generator=generator)
 
-        rates = machine.race({"shards": lambda: len(shards_of.index_select(0, places(), out=buffer)),
-                              "pixels[index]": lambda: len(whole[places()])})
-    yield compared(f"gathering, batches of {batch} at {SIDE} px", rates, "images/s", 15)
+        works = {"shards": lambda: len(shards_of.index_select(0, places(), out=buffer)),
+                 "pixels[index]": lambda: len(whole[places()])}  # fmt: skip
+        for threads, said, aim in ((1, "1 thread", 15), (machine.cores, f"{machine.cores} threads", None)):
+            with _threads(threads):
+                rates = machine.race(works)
+            yield compared(f"gathering, batches of {batch} at {SIDE} px, {said}", rates, "images/s", aim)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
