@@ -221,10 +221,13 @@ def follows(table: pd.DataFrame, measured: pd.DataFrame) -> str | None:
     """What a table of accuracies has otherwise than the evaluations; None where none is kept of what it is about.
 
     A row with a seed is one accuracy, else the mean over its `seeds`, of models and protocols that are otherwise alike.
+    A row of random weights may stand where a training begins, under its name.
     """
     value = next((name for name in ("accuracy_mean", "accuracy") if name in table), None)
     if value is None or not {"k", "probe", "training"} <= {*table} or measured.empty or table.empty:
         return None
+    if "objective" in table:
+        table = table.assign(training=table["training"].where(table["objective"] != "none", "untrained"))
     keys = [name for name in ("objective", "training", "k", "probe", "feature", "seed") if name in table]
     if "objective" not in keys or not measured["objective"].isna().any():
         missing = _missing(table, measured, keys, value)

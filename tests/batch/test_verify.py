@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -366,3 +367,17 @@ def test_the_images_that_were_right_say_among_how_many():
     assert agreement.test_images(row) == 77
     with pytest.raises(ValueError, match="is not that of the images"):
         agreement.test_images({**row, "accuracy": row["accuracy"] + 0.1})
+
+
+def test_random_weights_may_stand_where_a_training_begins_and_nothing_else_may():
+    """As in notebook 11: accuracy along a training, whose first point is of no training."""
+    common = {"k": 16, "probe": "knn", "feature": "h", "seed": 0, "low": 20.0, "high": 30.0}
+    measured = pd.DataFrame([{**common, "objective": "none", "training": "untrained", "accuracy": 25.0},
+                             {**common, "objective": "tcr", "training": "multi-scale", "accuracy": 27.0}])
+    measured = measured.assign(of="a", by="b")
+    table = measured.drop(columns=["of", "by"]).assign(training="multi-scale")
+    assert agreement.follows(table, measured) == ""
+    assert agreement.follows(table.assign(accuracy=[25.0, 27.5]), measured).startswith("1 of 2 rows follow from no")
+    assert agreement.follows(table.assign(accuracy=[25.5, 27.0]), measured).startswith("1 of 2 rows follow from no")
+    assert agreement.follows(table.assign(objective="tcr"), measured).startswith("1 of 2 rows follow from no")
+    assert agreement.follows(table.assign(training="patch-based"), measured).startswith("1 of 2 rows follow from no")
