@@ -89,10 +89,21 @@ def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | N
             results: Path | None = None) -> list[Stage]:  # fmt: skip
     chosen = choose(load_experiments(notebooks), names, profile)
     given = {each.name: resolve(each, profile, overrides or {}) for each in chosen}  # all, before any data is fetched
-    absent = {name: file for name, each in given.items() if (file := words.absent(each.get("encoders") or []))}
-    for name, file in absent.items() if not names else ():
-        print(f"{name}: left out, {file} is not here", flush=True)
-    return [plan(each, profile, overrides, results=results) for each in chosen if names or each.name not in absent]
+    lacking = {name: lack for name, each in given.items() if not names and (lack := _lacks(each, overrides or {}))}
+    for name, lack in lacking.items():
+        print(f"{name}: left out, {lack}", flush=True)
+    return [plan(each, profile, overrides, results=results) for each in chosen if each.name not in lacking]
+
+
+def _lacks(parameters: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
+    """What of others an experiment needs that is not here and cannot be fetched; a dataset that was asked for is not
+    passed over."""
+    if file := words.absent(parameters.get("encoders") or []):
+        return f"{file} is not here"
+    dataset = parameters.get("dataset")
+    if dataset in (None, *catalogue.CIFAR, overrides.get("dataset")) or catalogue.available(dataset):
+        return ""
+    return str(catalogue.absent(dataset, None))
 
 
 def spare_records(stages: Sequence[Stage]) -> None:

@@ -238,3 +238,23 @@ def test_without_names_what_others_trained_is_left_out_where_its_file_is_not_her
     (tmp_path / "theirs.pth").touch()
     assert reproduce.reproduce_bare([], notebooks=tmp_path / "notebooks") == 0
     assert "[2/2] theirs: done" in capsys.readouterr().out
+
+
+def test_without_names_what_has_no_data_here_is_left_out_unless_it_was_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BAGSSL_DATA", str(tmp_path / "data"))
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell("dataset: str = 'synthetic'\n", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("1 + 1")]  # fmt: skip
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "n.ipynb")
+    entries = {name: {"artefact": "none", "notebook": "n.ipynb",
+                      "profiles": {"smoke": {"cost": "1 s", "parameters": each}}}
+               for name, each in {"here": {}, "elsewhere": {"dataset": "imagenette"}}.items()}  # fmt: skip
+    (tmp_path / "notebooks/experiments.yaml").write_text(yaml.safe_dump(entries))
+    assert reproduce.reproduce_bare([], notebooks=tmp_path / "notebooks") == 0
+    said = capsys.readouterr().out
+    assert "elsewhere: left out, the dataset 'imagenette' is not in" in said and "add it by bagssl data add" in said
+    assert "[1/1] here: done" in said
+    for names, asked in ((["elsewhere"], {}), ([], {"dataset": "imagenete"})):
+        with pytest.raises(InputError, match=r"n\.ipynb\): the dataset 'imagenet+e' is not in"):
+            reproduce.reproduce_bare(names, overrides=asked, notebooks=tmp_path / "notebooks")
