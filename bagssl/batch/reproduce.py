@@ -66,9 +66,9 @@ def reproduce(names: Sequence[str] = (), profile: str = "smoke", overrides: Mapp
               notebooks: Path | None = None, results: Path | None = None) -> int:  # fmt: skip
     """Bring the results of experiments up to date, and the page of all results with them.
 
-    names: experiments, none for all that have the profile. overrides: parameter -> value, or its text. jobs:
-    notebooks side by side. fresh: run even what is fresh. time_limit: seconds. replace: overrides may take the place of
-    a record with other parameters. notebooks, results: folders.
+    names: experiments, none for all that have the profile and whose data is here, or can be fetched. overrides:
+    parameter -> value, or its text. jobs: notebooks side by side. fresh: run even what is fresh. time_limit: seconds.
+    replace: overrides may take the place of a record with other parameters. notebooks, results: folders.
     Returns the exit code: 0 all fresh, 1 one failed, 2 one refused its parameters, 3 stopped by the time limit,
     130 by Ctrl-C. Raises InputError, before anything runs, for what is unknown, of the wrong type, or has no data.
     """

@@ -104,20 +104,20 @@ def test_a_model_that_fails_is_named_with_its_log_and_its_notebook_is_left_out(n
     assert list(finished()) == ["simclr"] and not (results() / "smoke" / "small").exists()
 
 
-def lasting(seconds: float) -> int:
+def lasting(notebooks, seconds: float) -> int:
     """Epochs of simclr's model that take about so long on this machine, however fast it is."""
-    recipe = {"objective": "simclr", "views": 3, "batch_size": 16, "size": 8, "encoder": "resnet10", "width": 8,
-              "projector_hidden": 16, "projector_dim": 8, "epochs": 10}  # fmt: skip
-    images, taken = data.subset(data.load("synthetic", "train"), 70), []
+    overrides, taken = {"objectives": ["simclr"], "epochs": 10}, []
+    config = cluster.prepare(["small"], "smoke", overrides, "local", notebooks=notebooks).jobs[0].call.config
+    images = data.subset(data.load("synthetic", "train"), 70)
     for seed in range(3):  # the first also starts up
         begun = time.monotonic()
-        pretrain(PretrainConfig.from_dict({**recipe, "seed": seed}), images, results() / "timed", progress=False)
+        pretrain(PretrainConfig.from_dict({**config, "seed": seed}), images, results() / "timed", progress=False)
         taken.append(time.monotonic() - begun)
     return max(150, math.ceil(10 * seconds / min(taken)))
 
 
 def test_a_job_at_its_limit_is_put_back_and_ends_with_the_same_weights(notebooks, alone, capsys):
-    epochs = lasting(20)
+    epochs = lasting(notebooks, 20)
     overrides = {"objectives": ["simclr"], "epochs": epochs}
     assert submit(notebooks, overrides=overrides, options=SHORT) == 0, capsys.readouterr()
     run = next(run for run in list_runs() if run.config["epochs"])
