@@ -11,6 +11,7 @@ from bagssl.runs import Run, known, machine, read_json
 
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2206.08954"
+NOT_HERE = "Its weights are not in this record; what was measured of it is."
 
 
 def card(run: Run, source: str | None = None) -> str:
@@ -18,6 +19,7 @@ def card(run: Run, source: str | None = None) -> str:
     config, metrics, record = run.config, run.metrics, run.provenance
     name, best = run.path.name, headline(run)
     trained = config["training"] != "untrained"
+    here = run.has_weights or not trained  # random ones follow from their seed
     rows = {
         "network": f"{config['encoder']}, width {config['width']}, {config.get('stem', 'cifar')} stem: patches [n, 3, "
                    f"{config['size']}, {config['size']}] in [0, 1] → h",
@@ -29,7 +31,8 @@ def card(run: Run, source: str | None = None) -> str:
         "machine": f"{machine(record['hardware'])}, {metrics['seconds']:,.0f} s",
         "made by": f"bagssl at commit {known(lambda: record['commit'][:12], 'unknown')}, torch "
                    f"{known(lambda: record['versions']['torch'], 'unknown')}",
-        "weights": f"SHA-256 {metrics['weights_sha256'][:16]}…" + ", here rounded to fp16" * run.halved,
+        "weights": f"SHA-256 {metrics['weights_sha256'][:16]}…" + (
+            ", here rounded to fp16" if run.halved else "" if here else ", not in this record"),
         "licence": "MIT, as the code; the images have terms of their own",
     }  # fmt: skip
     table = "\n".join(f"| {what} | {text} |" for what, text in rows.items())
@@ -46,15 +49,19 @@ Self-Supervised Learning* ([arXiv 2206.08954]({PAPER})). An image is described b
 | --- | --- |
 {table}
 
-```python
-import bagssl
-
-encoder = bagssl.load("{source or name}")
-h = encoder(patches)  # float [n, 3, {config["size"]}, {config["size"]}] in [0, 1]
-```
+{_loading(source or name, config["size"]) if here else NOT_HERE}
 
 `history.csv` holds the loss along the training, `evaluations/` what was measured, each with its protocol.
 """
+
+
+def _loading(source: str, size: int) -> str:
+    return f"""```python
+import bagssl
+
+encoder = bagssl.load("{source}")
+h = encoder(patches)  # float [n, 3, {size}, {size}] in [0, 1]
+```"""
 
 
 def metadata(run: Run, best: dict[str, Any] | None = None) -> dict[str, Any]:

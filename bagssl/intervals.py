@@ -6,7 +6,7 @@ same images are drawn for each measure, and differences are paired.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -85,6 +85,11 @@ def jackknife(values: ArrayLike) -> Estimate:
     n = len(without)
     half = _student(n - 1) * math.sqrt((n - 1) / n * float(np.square(without - without.mean()).sum()))
     return Estimate(value, value - half, value + half)
+
+
+def of_seeds(values: Sequence[ArrayLike]) -> Estimate:
+    """Of values [1 + groups] for each seed, as `jackknife` takes them: `over_seeds`, or with one seed its jackknife."""
+    return jackknife(values[0]) if len(values) == 1 else over_seeds(np.array([float(each[0]) for each in values]))
 
 
 def _ends(draws: np.ndarray, axis: int = 0) -> np.ndarray:

@@ -91,17 +91,20 @@ def stored(run: Run) -> Run:
 def keep(path: Path, folder: Path, whole: bool) -> None:
     """Copy what a run or another's encoder at `path` has to its place in a record; `whole`: with weights in fp32."""
     copy_folder(path, folder, (WEIGHTS, HALF, *STAYS))
-    run = Run(path)
     if not (path / MARK).exists():
         return
-    write_text(folder / CARD, card(run))
-    if run.config["training"] == "untrained":
+    run = Run(path)
+    if run.config["training"] != "untrained":
+        with contextlib.suppress(FileNotFoundError):  # its weights may be elsewhere
+            _keep_weights(run, folder, whole)
+    write_text(folder / CARD, card(Run(folder)))  # of what is there
+
+
+def _keep_weights(run: Run, folder: Path, whole: bool) -> None:
+    kept = HALF if run.halved else WEIGHTS
+    if (run.path / kept).stat().st_size > (LARGE // 2 if run.halved else LARGE):
         return
-    with contextlib.suppress(FileNotFoundError):  # its weights may be elsewhere
-        if not run.halved and (path / WEIGHTS).stat().st_size <= LARGE:
-            if whole:
-                shutil.copyfile(path / WEIGHTS, folder / WEIGHTS)
-            else:
-                runs.write_half(run, folder / HALF)
-        elif run.halved and (path / HALF).stat().st_size <= LARGE // 2:
-            shutil.copyfile(path / HALF, folder / HALF)
+    if run.halved or whole:
+        shutil.copyfile(run.path / kept, folder / kept)
+    else:
+        runs.write_half(run, folder / HALF)

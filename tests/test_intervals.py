@@ -73,3 +73,9 @@ def test_the_jackknife_of_a_mean_is_students_interval():
     without = [np.delete(x, i).mean() for i in range(12)]
     low, high = stats.t.interval(0.95, 11, loc=x.mean(), scale=stats.sem(x))
     assert intervals.jackknife(np.array([x.mean(), *without])) == pytest.approx((x.mean(), low, high))
+
+
+def test_of_several_seeds_the_interval_is_over_these_and_of_one_over_its_images():
+    seeds = np.array([[0.9, 0.8, 1.0], [0.7, 0.1, 0.2], [0.8, 0.3, 0.9]])
+    assert intervals.of_seeds(seeds) == intervals.over_seeds(seeds[:, 0])
+    assert intervals.of_seeds(seeds[:1]) == intervals.jackknife(seeds[0]) != intervals.of_seeds(seeds[1:2])

@@ -199,7 +199,8 @@ def test_a_card_says_what_the_model_is_and_the_hub_can_read_it(record, images):
     about = yaml.safe_load(text.split("---")[1])
     assert about["license"] == "mit" and about["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(
         row["accuracy"] / 100, abs=1e-6)
-    assert "not measured" in (of(record, "multi-scale").path / CARD).read_text()
+    rounded = (of(record, "multi-scale").path / CARD).read_text()
+    assert "not measured" in rounded and "rounded to fp16" in rounded and "rounded" not in text
 
 
 def test_large_weights_stay_where_they_are(record, images, tmp_path, monkeypatch):
@@ -208,6 +209,8 @@ def test_large_weights_stay_where_they_are(record, images, tmp_path, monkeypatch
     for whole in (True, False):
         records.keep(made.path, tmp_path / str(whole), whole)
         assert not list((tmp_path / str(whole)).glob("*.safetensors")) and (tmp_path / str(whole) / MARK).exists()
+        said = (tmp_path / str(whole) / CARD).read_text()
+        assert "not in this record" in said and "bagssl.load" not in said
 
 
 # ---- the batch adds the models of an experiment to those of its profile

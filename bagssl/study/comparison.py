@@ -21,6 +21,7 @@ from bagssl.objectives import OBJECTIVES
 from bagssl.paths import results_root
 from bagssl.pretraining import pretrain
 from bagssl.runs import Run
+from bagssl.study import claims
 from bagssl.words import join
 
 COLUMNS = ["objective", "training", "k", "probe", "feature", "accuracy_mean", "accuracy_std", "seeds"]
@@ -239,14 +240,21 @@ def evidence(reading: pd.DataFrame, dataset: str) -> pd.DataFrame:
     One row per objective, probe and other side, as `claims.write_evidence` takes them; for the centre crop none when
     K = 0 was not measured.
     """
-    rows = reading[reading["first"].str.startswith("patch-based") & reading["second"].str.startswith("multi-scale")]
-    against = np.where(rows["second"] == "multi-scale, centre crop", "centre crop", "bag")
-    return pd.DataFrame({
-        "dataset": dataset,
-        "setting": rows["objective"] + ", " + rows["probe"] + rows["first"].str.removeprefix("patch-based")
-        + [f", {count} seed{'s' * (count > 1)}" for count in rows["seeds"]],
-        "measure": [f"patch-based bag over multi-scale {other}" for other in against],
-        "value": rows["points"], "low": rows["low"], "high": rows["high"], "unit": "points"})  # fmt: skip
+    rows = []
+    for row in reading.to_dict("records"):
+        kind, bag = row["first"].split(", ")
+        other = "centre crop" if row["second"].endswith("centre crop") else "bag"
+        if kind == "patch-based" and row["second"].startswith("multi-scale"):
+            on = f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+            rows.append(evidence_row(row, f"patch-based bag over multi-scale {other}", dataset=dataset,
+                                     setting=f"{row['objective']}, {row['probe']}, {bag}, {on}"))  # fmt: skip
+    return pd.DataFrame(rows, columns=claims.COLUMNS)
+
+
+def evidence_row(found: Mapping[str, Any], measure: str, **about: str) -> dict[str, Any]:
+    """A row for `claims.write_evidence` of what `difference` or `median_difference` found; about: its other columns."""
+    return {**about, "measure": measure, "value": found["points"], "low": found["low"], "high": found["high"],
+            "unit": "points"}  # fmt: skip
 
 
 def sentences(reading: pd.DataFrame) -> str:
