@@ -68,7 +68,7 @@ def _torchvision(name: str, size: int | None, trained: bool) -> Design:
     name, _, chosen = name.partition("@")
     check_choice("network of torchvision", name, models.list_models(module=models))
     kinds = models.get_model_weights(name)
-    check_choice(f"weights of torchvision's {name}", chosen or "DEFAULT", ["DEFAULT", *kinds.__members__])
+    check_choice(f"weights of torchvision's {name}", chosen or "DEFAULT", [*kinds.__members__])
     weights = kinds[chosen or "DEFAULT"]
     preset = weights.transforms()
     options = {"image_size": size} if name.startswith("vit_") and size and not trained else {}

@@ -85,6 +85,8 @@ def list_experiments(arguments: argparse.Namespace) -> None:
 def cost(arguments: argparse.Namespace) -> None:
     from bagssl.batch import cost
 
+    if sys.stderr.isatty():  # it may take minutes
+        print(f"counting what {arguments.experiment} takes, cell by cell, without doing it", file=sys.stderr)
     found = cost.cost(arguments.experiment, arguments.profile, assignments(arguments.set), gpus=arguments.gpus,
                       machine=arguments.machine, rate=arguments.rate)
     print(table(cost.table(found, arguments.price)), "", *cost.notes(found, arguments.gpus, arguments.price), sep="\n")
@@ -163,8 +165,8 @@ def evaluate(arguments: argparse.Namespace) -> int | None:
                    for split, count in (("train", arguments.train_images), ("test", arguments.test_images)))
     sizes.check_scales("--scales", scales, train)
     sizes.check_probes(train, probes)
-    if isinstance(encoder, foreign.Foreign) and not rank():
-        print(encoder, file=sys.stderr, flush=True)
+    if not rank():
+        print(encoder if isinstance(encoder, foreign.Foreign) else encoder.path.name, file=sys.stderr, flush=True)
     top5 = len(train.classes) >= evaluation.TOP5_FROM
     try:
         with sigterm_as_ctrl_c():  # a launcher sends it where one of its processes has ended
@@ -190,17 +192,17 @@ def runs_list(arguments: argparse.Namespace) -> None:
 
 
 def runs_show(arguments: argparse.Namespace) -> None:
-    from bagssl import details
+    from bagssl import details, overview
 
-    print(details.show(details.find(arguments.name)))
+    print(details.show(overview.find(arguments.name)))
 
 
 def runs_compare(arguments: argparse.Namespace) -> None:
-    from bagssl import details
+    from bagssl import details, overview
 
     if arguments.csv and os.path.isdir(arguments.csv):
         raise InputError(f"--csv {arguments.csv} is a folder: name a file")
-    chosen = [details.find(name) for name in arguments.name]
+    chosen = [overview.find(name) for name in arguments.name]
     rows = details.compare(chosen)
     if arguments.csv:
         details.write_csv(arguments.csv, chosen, rows)

@@ -11,40 +11,12 @@ from typing import Any
 
 from bagssl import records, runs
 from bagssl.config import PretrainConfig
-from bagssl.errors import InputError, nearest
+from bagssl.errors import InputError
 from bagssl.paths import write_text
 from bagssl.runs import Run, known, machine
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-FEW = 6  # candidates that one line names
 _LEAST = {"k": 0, "probe": "", "feature": "", "accuracy": 0.0, "low": 0.0, "high": 0.0}
-
-
-# ---- finding
-
-
-def find(name: str, *, record: bool = True) -> Run:
-    """The one run that a folder, a name or a key means, the last two perhaps by their beginning; where it lies.
-
-    record: those that the record alone has as well. Raises InputError, with the candidates, for none or several.
-    """
-    if record and (Path(name) / "config.json").is_file():
-        return Run(Path(name).absolute())
-    every = [*runs.list_runs(), *(records.only_there() if record else ())]
-    names = [run.path.name for run in every]
-    exact = [run for run in every if name in (run.path.name, run.key)]
-    found = exact or [run for run in every if name and name in (run.path.name[: len(name)], run.key[: len(name)])]
-    if not found:
-        meant = nearest(name, names[:FEW] if len(names) > FEW and not _close(name, names) else names)
-        raise InputError(f"no run is called {name!r}, nor has such a key: " + (meant if names else "there is none"))
-    if len(found) > 1:
-        some = ", ".join(run.path.name for run in found[:FEW]) + f" and {len(found) - FEW} more" * (len(found) > FEW)
-        raise InputError(f"{len(found)} runs begin with {name!r}: {some}: write more of the one that is meant")
-    return found[0]
-
-
-def _close(name: str, names: Sequence[str]) -> bool:
-    return nearest(name, names).startswith("did")
 
 
 # ---- settings

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from bagssl import architectures, checkpoints, hub, runs
 from bagssl.architectures import PatchEncoder, embedding_dim
 from bagssl.errors import InputError
-from bagssl.overview import named, the_one
+from bagssl.overview import matching, the_one
 from bagssl.paths import file_hash, runs_root
-from bagssl.records import FOREIGN, adopt, stored
+from bagssl.records import FOREIGN, adopt
 from bagssl.runs import Run
 from bagssl.words import HUB, MEANING, NATIVE, POOLS, SUFFIXES, is_file, is_library, join, located, parse
 
@@ -152,16 +152,12 @@ def _run(source: str) -> Run:
     """The finished run of a folder or of the hub, or the one whose name or key begins so."""
     if source.startswith(HUB):
         return hub.pull(source.removeprefix(HUB))
-    folder, found = located(source), []
-    if (folder / "config.json").exists():
-        found = [stored(Run(folder))]
-    elif source:
-        found = named(source)
-    if not found:
+    folder = located(source)
+    if not (folder / "config.json").exists() and not matching(source):
         raise InputError(f"{source!r} is no encoder: give torchvision:NAME, timm:NAME, a file ({', '.join(SUFFIXES)}) "
                          "with arch=, hub:OWNER/NAME, or a run by its key, name or folder (bagssl runs list)"
                          )  # fmt: skip
-    return the_one(found, source)
+    return the_one(str(folder) if (folder / "config.json").exists() else source)
 
 
 def _classifier(left: Mapping[str, Tensor]) -> nn.Linear | None:

@@ -18,7 +18,7 @@ from bagssl import records, runs
 from bagssl.cards import CARD, card
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError, optional
-from bagssl.overview import choose, the_one
+from bagssl.overview import the_one
 from bagssl.paths import copy_folder, runs_root
 from bagssl.runs import HALF, WEIGHTS, Run
 
@@ -32,7 +32,7 @@ def push(name: str, repo: str, *, private: bool = False, folder: Path | str | No
     Raises InputError for a name that no one run has, a run without weights, a folder that is not empty, or what the
     hub refuses.
     """
-    run = the_one(choose([name]), name)
+    run = the_one(name)
     records.check(run)
     if not run.has_weights:
         raise InputError(f"{run.path} has no weights to publish")

@@ -7,43 +7,75 @@ from typing import Any
 
 from bagssl import records
 from bagssl.cards import headline
-from bagssl.errors import InputError
+from bagssl.errors import InputError, nearest
 from bagssl.paths import write_atomically
 from bagssl.runs import WEIGHTS, Run, known, list_runs, machine
 
+FEW = 6  # candidates that one line names
+
 
 def choose(names: Sequence[str], root: Path | None = None) -> list[Run]:
-    """The runs whose names or keys begin with one of `names`, as by `named`; none given: all that are finished.
+    """The runs of the store whose names or keys begin with one of `names`; where it has none, those of the record,
+    which are copied into it. None given: all of the store that are finished.
 
-    Raises InputError for a name that no run has.
+    Raises InputError for a name that no run has, and where what the record has is damaged.
     """
     if not names:
         return [run for run in list_runs(root) if run.finished]
-    found = {name: named(name, root) for name in names}
-    if unknown := [name for name, own in found.items() if not own]:
+    found = [_begins(name, list_runs(root)) or _begins(name, records.only_there(root)) for name in names]
+    if unknown := [name for name, own in zip(names, found, strict=True) if not own]:
         raise InputError(f"no run is called {unknown[0]}, nor has such a key: `bagssl runs list` shows them")
-    return sorted({run for own in found.values() for run in own}, key=lambda run: run.path.name)
+    return sorted({records.stored(run) for own in found for run in own}, key=lambda run: run.path.name)
 
 
-def named(name: str, root: Path | None = None) -> list[Run]:
-    """The runs of the store whose name or key begins so; or else those of the record, which are copied into the store.
+def _begins(name: str, runs: Sequence[Run]) -> list[Run]:
+    """The one that has this name or key, else all whose name or key begins so."""
+    return [run for run in runs if name in (run.path.name, run.key)] or [
+        run for run in runs if name and (run.path.name.startswith(name) or run.key.startswith(name))]
 
-    Raises InputError where what the record has is damaged.
+
+def find(name: str, *, record: bool = True) -> Run:
+    """The one run that a folder, a name or a key means, the last two perhaps by their beginning; where it lies.
+
+    record: those that the record alone has as well. Raises InputError, with the candidates, for none or several.
     """
-    def called(run: Run) -> bool:
-        return run.path.name.startswith(name) or run.key.startswith(name)
-
-    return [run for run in list_runs(root) if called(run)] or [
-        records.stored(run) for run in records.only_there(root) if called(run)]
-
-
-def the_one(found: Sequence[Run], name: str) -> Run:
-    """The finished run that a name, by which one or more were found, means; InputError for several, or another."""
+    if record and (Path(name) / "config.json").is_file():
+        return Run(Path(name).absolute())
+    if not (found := matching(name, record=record)):
+        names = [run.path.name for run in _every(record)]
+        raise InputError(f"no run is called {name!r}, nor has such a key: {_instead(name, names)}")
     if len(found) > 1:
-        raise InputError(f"{len(found)} runs begin with {name!r}: write more of {found[0].path.name}")
-    if not found[0].finished:
-        raise InputError(f"{found[0].path} is not finished: train it to its end")
+        raise InputError(f"{len(found)} runs begin with {name!r}: {_some([run.path.name for run in found])}: write "
+                         "more of the one that is meant")  # fmt: skip
     return found[0]
+
+
+def matching(name: str, *, record: bool = True) -> list[Run]:
+    """The runs that a name or a key, or its beginning, can mean, where they lie; `record` as in `find`."""
+    return _begins(name, _every(record))
+
+
+def _every(record: bool) -> list[Run]:
+    return [*list_runs(), *(records.only_there() if record else ())]
+
+
+def _instead(name: str, names: Sequence[str]) -> str:
+    if not names:
+        return "there is none"
+    meant = nearest(name, names)
+    return meant if meant.startswith("did") else f"known: {_some(names)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:FEW]) + f" and {len(names) - FEW} more" * (len(names) > FEW)
+
+
+def the_one(name: str) -> Run:
+    """The finished run that a name means, as by `find`, in the store. Raises InputError for none, several or another.
+    """
+    if not (run := find(name)).finished:
+        raise InputError(f"{run.path} is not finished: train it to its end")
+    return records.stored(run)
 
 
 def rows() -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from filelock import Timeout
 
-from bagssl import details, locks, records, runs
+from bagssl import details, locks, overview, records, runs
 from bagssl.errors import InputError, Stopped
 from bagssl.locks import lock_at, shared
 from bagssl.paths import RECORDED, home, runs_root
@@ -89,9 +89,9 @@ def span(seconds: float) -> str:
 
 
 def look(name: str | None = None) -> dict[str, tuple[str, float | None]]:
-    """The state of a run by name, as by `details.find`; without one of each that is in training. {}: none is."""
+    """The state of a run by name, as by `overview.find`; without one of each that is in training. {}: none is."""
     if name:
-        run = details.find(name, record=False)
+        run = overview.find(name, record=False)
         return {run.path.name: state(run)}
     return {run.path.name: state(run) for run in runs.list_runs() if not run.finished and holder(run) is not None}
 
@@ -100,7 +100,7 @@ def watch(name: str | None = None, once: bool = False, every: float = 5.0) -> It
     """A line for each run in training, or for the one that is named: once, or whenever that has changed, or is old.
 
     Without `once` it ends when the run that is named is no longer in training, else never. Raises InputError as
-    `details.find`.
+    `overview.find`.
     """
     said: dict[str, tuple[str, float]] = {}
     while True:
@@ -126,18 +126,24 @@ def watch(name: str | None = None, once: bool = False, every: float = 5.0) -> It
 
 
 def choose(names: Sequence[str], older: float | None = None, unfinished: bool = False) -> list[Run]:
-    """The runs of the store that all of these select: names as of `details.find`, `older` seconds since they were
+    """The runs of the store that all of these select: names as of `overview.find`, `older` seconds since they were
     last written, not finished.
 
-    Raises InputError where nothing selects, for a name as `details.find`, and where the store is a record.
+    Raises InputError where nothing selects, for a name as `overview.find`, and where the store is a record.
     """
     if not names and older is None and not unfinished:
         raise InputError("which runs? Give names, --older-than 30d or --unfinished")
     spare_record()
-    found = {run.path: run for run in (details.find(name, record=False) for name in names)} if names else {
+    found = {run.path: run for run in (_of_the_store(name) for name in names)} if names else {
         run.path: run for run in runs.list_runs()}  # fmt: skip
     return [run for run in found.values() if not (unfinished and run.finished)
             and (older is None or time.time() - written(run) > older)]  # fmt: skip
+
+
+def _of_the_store(name: str) -> Run:
+    if not overview.matching(name, record=False) and (kept := overview.matching(name)):
+        raise InputError(f"{kept[0].path} is of a record, from which nothing is removed; the store has no such run")
+    return overview.find(name, record=False)
 
 
 def spare_record() -> None:
