@@ -23,14 +23,14 @@ from typing import Any
 
 import yaml
 
-from bagssl import catalogue, data, pretraining, words
+from bagssl import catalogue, data, pretraining
 from bagssl.batch import cost
 from bagssl.batch.experiments import choose, load_experiments
 from bagssl.batch.kernels import Board, places
 from bagssl.batch.rehearsal import PUBLISHED
 from bagssl.batch.reproduce import spare_records
+from bagssl.batch.stages import lacks, resolve, settings, state
 from bagssl.batch.stages import plan as plan_stage
-from bagssl.batch.stages import resolve, settings, state
 from bagssl.config import PretrainConfig
 from bagssl.data import Images
 from bagssl.errors import InputError, Stopped, check_choice, optional
@@ -207,11 +207,12 @@ def _planned(names: Sequence[str], profile: str, overrides: dict[str, Any], gpus
     notes: dict[str, None] = {}  # in their order, each once
     for experiment in choose(load_experiments(notebooks), names, profile):
         every = settings(experiment, resolve(experiment, profile, overrides))
-        if not names and (file := words.absent(every.get("encoders") or [])):
-            notes[f"{experiment.name}: left out, {file} is not here"] = None
+        dataset = every.get("dataset")
+        if not names and (lack := lacks(every, {"dataset": dataset} if dry_run else overrides)):
+            notes[f"{experiment.name}: left out, {lack}"] = None
             continue
         try:
-            there = (dataset := every.get("dataset")) is None or catalogue.available(dataset)
+            there = dataset is None or catalogue.available(dataset)
             stage = plan_stage(experiment, profile, overrides, fetch=there or not dry_run)
             if overrides and not execution.get("replace"):
                 spare_records([stage])

@@ -21,7 +21,7 @@ from bagssl.batch.experiments import choose, load_experiments
 from bagssl.batch.rehearsal import PUBLISHED, Rehearsal, Work, rehearse, trained_flops
 from bagssl.batch.stages import resolve, settings
 from bagssl.config import PretrainConfig
-from bagssl.devices import COMPILE_FROM
+from bagssl.devices import COMPILE_FROM, pick_precision
 from bagssl.errors import InputError, check_choice
 from bagssl.paths import home, results_root
 
@@ -131,6 +131,8 @@ def _machine(gpus: int | None, name: str | None) -> tuple[str, dict[str, Any]]:
     here = runs.hardware()
     found = [each for each in tables.values() if not gpus or each["hardware"]["gpu"]]
     own = [each for each in found if runs.machine(each["hardware"]) == runs.machine(here)]
+    half = str(pick_precision("auto", torch.device("cuda" if here["gpu"] else "cpu"))).removeprefix("torch.")
+    own.sort(key=lambda each: each.get("precision", "float32") != half)  # processors of one name differ in that
     if chosen := own or (found if gpus else []):
         return runs.machine(chosen[0]["hardware"]), chosen[0]
     return "a GPU" if gpus else runs.machine(here), {}
@@ -296,7 +298,8 @@ def notes(found: Cost, gpus: int | None, price: float | None) -> list[str]:
         lines.append(f"counted up to {done.ended}: what comes after it is not in the table, which is the least")
     if checkpoint := max((row.checkpoint for row in found.rows), default=0):
         lines.append(f"disk: beside it up to {size_text(checkpoint)} for the checkpoint of each model in training; "
-                     "memory: of a device, at least, the most in the sum")  # fmt: skip
+                     "memory: of a device, at least, the most in the sum; where one has less, several processes "
+                     "share a model, or --recompute")  # fmt: skip
     if gpus:
         wall = found.wall(gpus)
         paid = f"; {gpus} held so long: {_least(found)}{_money(wall * gpus, price)[0]} EUR" if price else ""

@@ -90,7 +90,7 @@ class Rehearsal:
 def rehearse(notebook: Path, parameters: Mapping[str, Any]) -> Rehearsal:
     """What the cells of a notebook would do now, with these parameters in the place of its own.
 
-    A dataset of `PUBLISHED` need not be here. Raises InputError for what they refuse before any work.
+    A dataset of `PUBLISHED` need not be here. Raises InputError for what they refuse before any work, or fail by.
     """
     noted = Rehearsal()
     with tempfile.TemporaryDirectory(prefix="bagssl-") as folder, contextlib.ExitStack() as stack:
@@ -111,6 +111,8 @@ def rehearse(notebook: Path, parameters: Mapping[str, Any]) -> Rehearsal:
             noted.ended = _place(error, notebook)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - what a cell makes of nonsense may be anything
             noted.ended = _place(error, notebook)
+            if not noted.works and not isinstance(error, Enough):  # there was no nonsense yet
+                raise InputError(f"what it takes cannot be counted: {noted.ended}") from None
     return noted
 
 
@@ -177,10 +179,10 @@ class Silent(nn.Module):
         return self.note(self, crops)
 
 
-def _published(name: str, split: str) -> Images:
+def _published(name: str, split: str, root: Path | None = None) -> Images:
     """The split of a dataset as it is published, all of it black; from here, if it is here."""
     if name not in PUBLISHED or catalogue.available(name):
-        return _load(name, split)
+        return _load(name, split, root)
     side, classes, counts = PUBLISHED[name]
     black = torch.zeros(1, dtype=torch.uint8).expand(counts[split], 3, side, side)
     pixels = data.Shards([counts[split]], [side, side], lambda _: black)

@@ -26,7 +26,7 @@ from unittest import mock
 
 from filelock import Timeout
 
-from bagssl import catalogue, words
+from bagssl import catalogue
 from bagssl.batch.experiments import choose, load_experiments, order_of_worth
 from bagssl.batch.kernels import PROCESS_KILLED, Board, Kernels, sigterm_as_ctrl_c
 from bagssl.batch.notebook import error_line, failing_cell, run_cells
@@ -34,6 +34,7 @@ from bagssl.batch.stages import (
     Stage,
     hashes,
     iso_time,
+    lacks,
     merge_models,
     plan,
     read_record,
@@ -89,21 +90,10 @@ def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | N
             results: Path | None = None) -> list[Stage]:  # fmt: skip
     chosen = choose(load_experiments(notebooks), names, profile)
     given = {each.name: resolve(each, profile, overrides or {}) for each in chosen}  # all, before any data is fetched
-    lacking = {name: lack for name, each in given.items() if not names and (lack := _lacks(each, overrides or {}))}
+    lacking = {name: lack for name, each in given.items() if not names and (lack := lacks(each, overrides or {}))}
     for name, lack in lacking.items():
         print(f"{name}: left out, {lack}", flush=True)
     return [plan(each, profile, overrides, results=results) for each in chosen if each.name not in lacking]
-
-
-def _lacks(parameters: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
-    """What of others an experiment needs that is not here and cannot be fetched; a dataset that was asked for is not
-    passed over."""
-    if file := words.absent(parameters.get("encoders") or []):
-        return f"{file} is not here"
-    dataset = parameters.get("dataset")
-    if dataset in (None, *catalogue.CIFAR, overrides.get("dataset")) or catalogue.available(dataset):
-        return ""
-    return str(catalogue.absent(dataset, None))
 
 
 def spare_records(stages: Sequence[Stage]) -> None:
@@ -286,6 +276,7 @@ def reproduce_bare(names: Sequence[str] = (), profile: str = "smoke", overrides:
     deadline = time.monotonic() + (math.inf if time_limit is None else time_limit)
     board, codes, done, before = Board(), [], {}, ()
     if whole:  # which entries ended well, by their keys: the next box need not measure again what no run keeps
+        runs_root().mkdir(parents=True, exist_ok=True)
         done, before = read_record(runs_root() / ENDED), _stored()
     stages = _by_worth(profile, overrides, notebooks, board) if whole and not names else [
         (stage.experiment.name, stage) for stage in _stages(names, profile, overrides, notebooks)]
@@ -312,11 +303,13 @@ def _by_worth(profile: str, overrides: Mapping[str, Any] | None, notebooks: Path
     for experiment, part in order_of_worth(profile, notebooks):
         given = {**part, **(overrides or {})}
         title = " ".join([experiment.name, *(f"{name}={value}" for name, value in part.items())])
-        dataset = resolve(experiment, profile, given).get("dataset")
-        if dataset is None or catalogue.available(dataset):
-            found.append((title, plan(experiment, profile, given)))
+        parameters = resolve(experiment, profile, given)
+        dataset = parameters.get("dataset")
+        there = dataset is None or catalogue.available(dataset)  # a box that does part of a batch may have no network
+        if lack := lacks(parameters, {}) if there else f"{dataset} is not here":
+            board.say(f"{title}: left out, {lack}")
         else:
-            board.say(f"{title}: left out, {dataset} is not here")
+            found.append((title, plan(experiment, profile, given)))
     return found
 
 

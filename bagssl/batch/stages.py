@@ -62,6 +62,17 @@ def settings(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[str,
     return {name: default for name, (default, _) in notebook_parameters(experiment.notebook).items()} | parameters
 
 
+def lacks(parameters: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What of others an experiment needs that is not here and cannot be fetched; "" for nothing, or for a dataset that
+    was asked for: that is not passed over."""
+    if file := words.absent(parameters.get("encoders") or []):
+        return f"{file} is not here"
+    dataset = parameters.get("dataset")
+    if dataset in (None, *catalogue.CIFAR, asked.get("dataset")) or catalogue.available(dataset):
+        return ""
+    return str(catalogue.absent(dataset, None))
+
+
 def plan(experiment: Experiment, profile: str, overrides: Mapping[str, Any] | None = None, *,
          results: Path | None = None, fetch: bool = True) -> Stage:
     """Check parameters and data, and give the stage its key. fetch: get data that is missing, or raise.

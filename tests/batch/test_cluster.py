@@ -218,6 +218,21 @@ def test_a_dry_run_without_data_names_what_is_missing(capsys):
     assert "missing: the dataset 'imagenet' is not in" in said and "missing: patch-vs-multiscale-cifar10: " in said
 
 
+def test_without_names_what_has_no_data_here_is_left_out_but_of_a_dry_run(notebooks, slurm, capsys):
+    experiment = {"artefact": "x", "notebook": "small.ipynb"}
+    write_list(notebooks, small=experiment | {"profiles": {"smoke": {"cost": "1 s", "parameters": {}}}},
+               large=experiment | {"profiles": {"smoke": {"cost": "1 s", "parameters": {"dataset": "imagenet"}}}})
+    def prepared(names, **options):
+        return cluster.prepare(names, "smoke", {}, "slurm", notebooks=notebooks, **options)
+
+    plan = prepared([])
+    assert {"small"} == {"small", "large"} & {job.name for job in plan.jobs} and not plan.lacks
+    assert any(note.startswith("large: left out, the dataset 'imagenet' is not in") for note in plan.notes)
+    with pytest.raises(InputError, match="the dataset 'imagenet' is not in"):
+        prepared(["large"])
+    assert prepared([], dry_run=True).lacks and "large: left out" not in str(prepared([], dry_run=True).notes)
+
+
 @pytest.mark.parametrize(("text", "answer"), [
     ("a: [1", "parsing"), ("- a", "lines of"), ("", "lines of"), ("1: 2", "lines of"), ("models: 3", "lines of"),
     ("partition: gpu", "partition"), ("timeout_min: long", "timeout_min"), ("slurm_colour: red", "colour"),

@@ -6,6 +6,7 @@ import json
 import signal
 
 import pytest
+import torch
 from test_experiments import write_list, write_notebook
 
 from bagssl import budget, cli, data, evaluation, pretraining
@@ -137,6 +138,24 @@ def test_arithmetic_with_nonsense_is_not_waited_for(notebook, monkeypatch):
     assert noted.ended == "small.ipynb, cell [4]: Enough: nothing more was asked of a network in 3 s"
     assert crops_of(noted, "training") == 3 * CROPS
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_cell_that_fails_before_anything_is_counted_is_no_count_of_nothing(tmp_path):
+    write_notebook(tmp_path / "fine.ipynb", ["from bagssl import data\ndata.check('synthetic')"])
+    assert rehearse(tmp_path / "fine.ipynb", {}).ended == ""
+    write_notebook(tmp_path / "wrong.ipynb", ["1 / 0"])
+    with pytest.raises(InputError, match=r"cannot be counted: wrong.ipynb, cell \[\d\]: ZeroDivisionError"):
+        rehearse(tmp_path / "wrong.ipynb", {})
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float32"])
+def test_of_two_processors_of_one_name_it_is_the_one_of_this_precision(half, monkeypatch):
+    here = cost.runs.hardware() | {"gpu": None}
+    tables = {kind: {"hardware": here, "precision": kind, "rows": {}} for kind in ("bfloat16", "float32")}
+    monkeypatch.setattr(cost, "measured", lambda: tables)
+    monkeypatch.setattr(cost.runs, "hardware", lambda: here)
+    monkeypatch.setattr(cost, "pick_precision", lambda *_: getattr(torch, half))
+    assert cost._machine(None, None)[1]["precision"] == half
 
 
 @pytest.mark.parametrize("encoder, forward, both", [("resnet18", 1.11, 3.33), ("resnet34", 2.32, 6.95)])
