@@ -109,7 +109,8 @@ $(READY): $(LOCK) pyproject.toml $(if $(SOUND),,unsound)
 	@$(BIN)/uv pip sync --python $(BIN)/python --quiet --require-hashes --no-build-isolation \
 		--compile-bytecode .venv/locked.txt
 	@[ -z "$(TORCH)" ] || $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode \
-		--torch-backend "$(TORCH)" `awk '/^(torch|torchvision)==/ {print $$1}' $(LOCK)`
+		--torch-backend "$(TORCH)" `awk '/^(torch|torchvision)==/ {print $$1}' $(LOCK)` || { echo "bagssl: TORCH=$(TORCH) \
+	needs the index of PyTorch, which is not PyPI; where that cannot be reached: make, without TORCH" >&2; exit 2; }
 	@$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	@case "$$UV_CACHE_DIR" in */bagssl-uv-*) rm -rf "$$UV_CACHE_DIR";; esac
 	@pwd > $(READY)

@@ -140,11 +140,21 @@ def pretrain(arguments: argparse.Namespace) -> int | None:
         online.interval(arguments.online)
     if arguments.processes > launched() == 1:
         return distributed.launch(arguments.processes, arguments.words)
-    run = pretraining.pretrain(config, data.load(config.dataset, "train"), accumulate=arguments.accumulate,
-                               recompute=arguments.recompute, time_limit=arguments.time_limit,
-                               log_to=arguments.log_to, online=arguments.online)
+    images = data.load(config.dataset, "train")
+    before = (arguments.log_to or arguments.online) and _trained(config, images)
+    run = pretraining.pretrain(config, images, accumulate=arguments.accumulate, recompute=arguments.recompute,
+                               time_limit=arguments.time_limit, log_to=arguments.log_to, online=arguments.online)
+    if before and not rank():
+        print("it was trained before: nothing is left to log; `bagssl report` draws its curve", file=sys.stderr)
     if not rank():
         print(os.path.relpath(run.path))
+
+
+def _trained(config: Any, images: Any) -> bool:
+    from bagssl import records, runs
+
+    name = f"{config.label}-{runs.run_key(config.to_dict(), images.fingerprint)}"
+    return runs.Run(runs.runs_root() / name).finished or records.recorded(name) is not None
 
 
 def evaluate(arguments: argparse.Namespace) -> int | None:

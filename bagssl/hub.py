@@ -8,6 +8,7 @@ What was pulled is checked as any run is, and believed by its own hashes alone.
 """
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def push(name: str, repo: str, *, private: bool = False, folder: Path | str | No
     Raises InputError for a name that no one run has, a run without weights, a folder that is not empty, or what the
     hub refuses.
     """
+    _check_name(repo)
     run = the_one(name)
     records.check(run)
     if not run.has_weights:
@@ -53,6 +55,7 @@ def push(name: str, repo: str, *, private: bool = False, folder: Path | str | No
 
 def pull(repo: str, revision: str | None = None) -> Run:
     """The run of a repository, in the store. Raises InputError for one that is not there, holds none, or is damaged."""
+    _check_name(repo)
     hub = _hub()
     with _refusals(repo):
         there = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_TAKEN))
@@ -89,13 +92,21 @@ def _hub() -> Any:
     return optional("huggingface_hub", "the hub needs huggingface_hub", "hub")
 
 
+_CLIENTS = "huggingface_hub", "httpx", "httpcore", "requests"  # and httpx2, httpcore2
+
+
+def _check_name(repo: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise InputError(f"hub:{repo} is no repository: write OWNER/NAME")
+
+
 @contextlib.contextmanager
 def _refusals(repo: str) -> Iterator[None]:
     """Within it what the hub refuses, or the way there, is an InputError in one line."""
     try:
         yield
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("huggingface_hub", "httpx", "httpcore", "requests"):
+        if not type(error).__module__.startswith(_CLIENTS):
             raise
         said = " ".join(str(error).split())[:300]
         denied = any(code in said for code in ("401", "403", "oken"))

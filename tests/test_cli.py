@@ -252,7 +252,7 @@ def test_pretrain_reads_settings_in_their_types(project, monkeypatch, capsys):
         return type("Run", (), {"path": project / "runs" / "one"})
 
     monkeypatch.setattr(pretraining, "pretrain", pretrain)
-    monkeypatch.setattr(data, "load", lambda name, split: None)
+    monkeypatch.setattr(data, "load", lambda name, split: type("Images", (), {"fingerprint": "those"}))
     line = "pretrain --objective simclr --seed 3 --set epochs=2 --set learning_rate=1e-3 --time-limit 9m --accumulate"
     line += " --log-to csv --log-to csv,tensorboard --online knn:64"
     assert cli.main(line.split()) == 0

@@ -222,8 +222,9 @@ def test_what_the_hub_refuses_is_one_line(run, there, capsys):
     assert len(lines) == 3 and all(line.startswith("bagssl: hub:") for line in lines) and "HF_TOKEN" in lines[2]
     there.shutdown()
     there.server_close()
-    assert cli.main(["runs", "pull", "ann/patches"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for words in (["pull", "ann/patches"], ["push", run.key, "ann/patches"], ["pull", "nonsense"]):
+        assert cli.main(["runs", *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_private_repository_is_made_private_and_a_name_of_no_run_is_refused(run, there):

@@ -203,6 +203,22 @@ def test_a_card_says_what_the_model_is_and_the_hub_can_read_it(record, images):
     assert "not measured" in rounded and "rounded to fp16" in rounded and "rounded" not in text
 
 
+def test_a_beginning_means_one_run_of_the_store_and_the_record_or_the_candidates_and_copies_nothing(record, capsys):
+    kept = of(record, "patch-based")
+    shutil.copytree(kept.path, runs.runs_root() / kept.path.name)
+    label = os.path.commonprefix([run.path.name for run in runs.list_runs(record)])
+    for words in (["evaluate", label, "--dataset", "synthetic"], ["runs", "show", label]):
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert f"3 runs begin with '{label}'" in error and all(run.path.name in error for run in runs.list_runs(record))
+    with pytest.raises(InputError, match="3 runs begin"):
+        bagssl.load(label)
+    assert [path.name for path in runs.runs_root().iterdir()] == [kept.path.name]
+    other = of(record, "multi-scale")
+    assert cli.main(["runs", "remove", other.key, "--yes"]) == 2
+    assert f"{other.path} is of a record, from which nothing is removed" in capsys.readouterr().err
+
+
 def test_large_weights_stay_where_they_are(record, images, tmp_path, monkeypatch):
     made = Run(record.parents[2] / "made" / of(record, "patch-based").path.name)
     monkeypatch.setattr(records, "LARGE", 2**10)

@@ -275,3 +275,6 @@ def test_the_command_takes_both_and_prints_the_folder_alone(tmp_path, capsys):
     assert cli.main(["pretrain", *words.split(), "--log-to", "tensorboard,csv", "--online", "knn"]) == 0
     (folder,) = capsys.readouterr().out.splitlines()
     assert {"tensorboard", "online.csv", "history.csv"} <= set(os.listdir(folder))
+    assert cli.main(["pretrain", *words.split(), "--log-to", "tensorboard"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{folder}\n" and "was trained before: nothing is left to log" in err
