@@ -1,6 +1,7 @@
 """One run in full, and several side by side: for `bagssl runs show` and `bagssl runs compare`."""
 
 import csv
+import functools
 import io
 import json
 import math
@@ -9,10 +10,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from bagssl import records, runs
+from bagssl import catalogue, records, runs
 from bagssl.config import PretrainConfig
 from bagssl.errors import InputError
-from bagssl.paths import write_text
+from bagssl.paths import data_root, write_text
 from bagssl.runs import Run, known, machine
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -67,7 +68,7 @@ def _protocol(protocol: dict[str, Any], k: int) -> str:
 
 
 def _named(key: tuple) -> str:
-    """`K = 16 at 0.25, linear, h; train 3f2a91c0, test 77aa0b12`."""
+    """`K = 16 at 0.25, linear, h; train 3f2a91c0, test all of cifar10`."""
     protocol, (k, probe, feature) = json.loads(key[0]), key[1:]
     what = f"K = {k} at {_scales(protocol.get('scale'))}" if k else "centre crop"
     more = [f"{name} {protocol[name]}" for name in ("pool", "crop") if name in protocol]
@@ -80,7 +81,17 @@ def _scales(scale: Any) -> str:
     return " and ".join(f"{each:g}" for each in (scale if isinstance(scale, list) else [scale]))
 
 
+@functools.cache
+def _splits(root: Path) -> dict[str, str]:
+    """SHA-256 -> the dataset of which it is all of a split; of those that are at hand."""
+    found = {name: known(lambda name=name: catalogue.recorded(name, root), None) or {}
+             for name in (row["name"] for row in catalogue.status(root))}  # fmt: skip
+    return {digest: f"all of {name}" for name, splits in found.items() for digest in splits.values()}
+
+
 def _images(told: Any) -> str:
+    if isinstance(told, str) and (whole := _splits(data_root()).get(told)):
+        return whole
     return told[:8] if isinstance(told, str) else f"{told['held_out']:g} held out" if isinstance(told, dict) else "?"
 
 

@@ -53,6 +53,8 @@ def test_a_run_is_shown_with_what_was_set_and_what_was_measured(store, images, c
         what = f"K = {row['k']} at 0.25" if row["k"] else "centre crop"
         (line,) = (line for line in shown.splitlines() if line.startswith(f"  {what}, knn, h"))
         assert f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})" in line
+    assert f"train {images.fingerprint[:8]}, test {images.fingerprint[:8]}" in shown  # some images
+    assert details._images(data.load("synthetic", "train").fingerprint) == "all of synthetic"
     size = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
     for said in (f"{size:,} bytes, weights as trained", str(run.path), f'bagssl.load("{run.path.name}")',
                  f"loss {run.metrics['final']['loss']:.4g}", "64 images", "256 in 8 steps, 2 epochs"):  # fmt: skip
