@@ -241,6 +241,7 @@ def test_models_of_several_experiments_are_kept_once_and_whole(record, images, t
         (folder / name / "evaluations" / f"{i}.json").write_text("{}")
         assert merge_models(folder, target) == [name]
         assert {path.name for path in target.rglob("*.safetensors")} == {WEIGHTS if i else HALF}
+        assert ("rounded" in (target / name / CARD).read_text()) == (i == 0)
     assert {f"{i}.json" for i in range(3)} <= {path.name for path in (target / name / "evaluations").iterdir()}
 
 

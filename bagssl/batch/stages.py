@@ -14,9 +14,11 @@ from typing import Any
 
 from bagssl import catalogue, words
 from bagssl.batch.experiments import Experiment
+from bagssl.cards import CARD, card
 from bagssl.errors import InputError, nearest
 from bagssl.parameters import conform, notebook_cells, notebook_parameters
-from bagssl.paths import HALF, MARK, WEIGHTS, copy_folder, file_hash, results_root
+from bagssl.paths import HALF, MARK, WEIGHTS, copy_folder, file_hash, results_root, write_text
+from bagssl.runs import Run
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # modules that decide nothing in a notebook
@@ -197,6 +199,8 @@ def merge_models(source: Path, target: Path) -> list[str]:
         copy_folder(new, old, [HALF] * (old / WEIGHTS).exists())
         if (old / WEIGHTS).exists():
             (old / HALF).unlink(missing_ok=True)
+        if (old / CARD).exists():
+            write_text(old / CARD, card(Run(old)))  # of what both have left there
     return names
 
 
