@@ -14,11 +14,9 @@ from typing import Any
 
 from bagssl import catalogue, words
 from bagssl.batch.experiments import Experiment
-from bagssl.cards import CARD, card
 from bagssl.errors import InputError, nearest
 from bagssl.parameters import conform, notebook_cells, notebook_parameters
 from bagssl.paths import HALF, MARK, WEIGHTS, copy_folder, file_hash, results_root, write_text
-from bagssl.runs import Run
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # modules that decide nothing in a notebook
@@ -191,6 +189,9 @@ def merge_models(source: Path, target: Path) -> list[str]:
     Weights in fp32 are not replaced by rounded ones, nor is what was measured lost; a run that was trained anew takes
     the place of the former.
     """
+    from bagssl.cards import CARD, card  # slow to import
+    from bagssl.runs import Run
+
     names = sorted(path.name for path in source.glob("*"))
     for name in names:
         new, old = source / name, target / name
@@ -200,7 +201,8 @@ def merge_models(source: Path, target: Path) -> list[str]:
         if (old / WEIGHTS).exists():
             (old / HALF).unlink(missing_ok=True)
         if (old / CARD).exists():
-            write_text(old / CARD, card(Run(old)))  # of what both have left there
+            with contextlib.suppress(InputError):  # of what is damaged the card stays
+                write_text(old / CARD, card(Run(old)))  # of what both have left there
     return names
 
 
