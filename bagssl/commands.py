@@ -122,7 +122,7 @@ def data_check(arguments: argparse.Namespace) -> None:
 
 
 def pretrain(arguments: argparse.Namespace) -> int | None:
-    from bagssl import data, distributed, online, pretraining, watching
+    from bagssl import data, distributed, online, overview, pretraining, runs, watching
     from bagssl.config import PretrainConfig
     from bagssl.parameters import conform
 
@@ -141,20 +141,15 @@ def pretrain(arguments: argparse.Namespace) -> int | None:
     if arguments.processes > launched() == 1:
         return distributed.launch(arguments.processes, arguments.words)
     images = data.load(config.dataset, "train")
-    before = (arguments.log_to or arguments.online) and _trained(config, images)
+    key = runs.run_key(config.to_dict(), images.fingerprint)
+    before = (arguments.log_to or arguments.online) and any(run.finished for run in overview.matching(key))
     run = pretraining.pretrain(config, images, accumulate=arguments.accumulate, recompute=arguments.recompute,
                                time_limit=arguments.time_limit, log_to=arguments.log_to, online=arguments.online)
-    if before and not rank():
+    if rank():
+        return
+    if before:
         print("it was trained before: nothing is left to log; `bagssl report` draws its curve", file=sys.stderr)
-    if not rank():
-        print(os.path.relpath(run.path))
-
-
-def _trained(config: Any, images: Any) -> bool:
-    from bagssl import records, runs
-
-    name = f"{config.label}-{runs.run_key(config.to_dict(), images.fingerprint)}"
-    return runs.Run(runs.runs_root() / name).finished or records.recorded(name) is not None
+    print(os.path.relpath(run.path))
 
 
 def evaluate(arguments: argparse.Namespace) -> int | None:

@@ -85,7 +85,7 @@ def _scales(scale: Any) -> str:
 def _splits(root: Path) -> dict[str, str]:
     """SHA-256 -> the dataset of which it is all of a split; of those that are at hand."""
     found = {name: known(lambda name=name: catalogue.recorded(name, root), None) or {}
-             for name in (row["name"] for row in catalogue.status(root))}  # fmt: skip
+             for name in catalogue.names(root)}  # fmt: skip
     return {digest: f"all of {name}" for name, splits in found.items() for digest in splits.values()}
 
 

@@ -24,6 +24,7 @@ from bagssl.paths import copy_folder, runs_root
 from bagssl.runs import HALF, WEIGHTS, Run
 
 FILES = {WEIGHTS: "model.safetensors", HALF: "model.fp16.safetensors"}  # here -> there
+_CLIENTS = "huggingface_hub", "httpx", "httpcore", "requests"  # whose errors are refusals; httpx2 as well
 _TAKEN = ["config.json", *runs.RECORD, runs.MARK, *FILES.values(), "evaluations/*.json"]
 
 
@@ -90,9 +91,6 @@ def _write(run: Run, repo: str, folder: Path) -> None:
 
 def _hub() -> Any:
     return optional("huggingface_hub", "the hub needs huggingface_hub", "hub")
-
-
-_CLIENTS = "huggingface_hub", "httpx", "httpcore", "requests"  # and httpx2, httpcore2
 
 
 def _check_name(repo: str) -> None:

@@ -208,7 +208,7 @@ def _planned(names: Sequence[str], profile: str, overrides: dict[str, Any], gpus
     for experiment in choose(load_experiments(notebooks), names, profile):
         every = settings(experiment, resolve(experiment, profile, overrides))
         dataset = every.get("dataset")
-        if not names and (lack := lacks(every, {"dataset": dataset} if dry_run else overrides)):
+        if not names and (lack := lacks(every, dataset if dry_run else overrides.get("dataset"))):
             notes[f"{experiment.name}: left out, {lack}"] = None
             continue
         try:

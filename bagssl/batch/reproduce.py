@@ -90,7 +90,8 @@ def _stages(names: Sequence[str], profile: str, overrides: Mapping[str, Any] | N
             results: Path | None = None) -> list[Stage]:  # fmt: skip
     chosen = choose(load_experiments(notebooks), names, profile)
     given = {each.name: resolve(each, profile, overrides or {}) for each in chosen}  # all, before any data is fetched
-    lacking = {name: lack for name, each in given.items() if not names and (lack := lacks(each, overrides or {}))}
+    asked = (overrides or {}).get("dataset")
+    lacking = {name: lack for name, each in given.items() if not names and (lack := lacks(each, asked))}
     for name, lack in lacking.items():
         print(f"{name}: left out, {lack}", flush=True)
     return [plan(each, profile, overrides, results=results) for each in chosen if each.name not in lacking]
@@ -306,7 +307,7 @@ def _by_worth(profile: str, overrides: Mapping[str, Any] | None, notebooks: Path
         parameters = resolve(experiment, profile, given)
         dataset = parameters.get("dataset")
         there = dataset is None or catalogue.available(dataset)  # a box that does part of a batch may have no network
-        if lack := lacks(parameters, {}) if there else f"{dataset} is not here":
+        if lack := lacks(parameters) if there else f"{dataset} is not here":
             board.say(f"{title}: left out, {lack}")
         else:
             found.append((title, plan(experiment, profile, given)))

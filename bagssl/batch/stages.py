@@ -62,13 +62,13 @@ def settings(experiment: Experiment, parameters: Mapping[str, Any]) -> dict[str,
     return {name: default for name, (default, _) in notebook_parameters(experiment.notebook).items()} | parameters
 
 
-def lacks(parameters: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What of others an experiment needs that is not here and cannot be fetched; "" for nothing, or for a dataset that
-    was asked for: that is not passed over."""
+def lacks(parameters: Mapping[str, Any], asked: str | None = None) -> str:
+    """What of others an experiment needs that is not here and cannot be fetched; "" for nothing, or for the dataset
+    `asked` for: that is not passed over."""
     if file := words.absent(parameters.get("encoders") or []):
         return f"{file} is not here"
     dataset = parameters.get("dataset")
-    if dataset in (None, *catalogue.CIFAR, asked.get("dataset")) or catalogue.available(dataset):
+    if dataset in (None, *catalogue.CIFAR, asked) or catalogue.available(dataset):
         return ""
     return str(catalogue.absent(dataset, None))
 

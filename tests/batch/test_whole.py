@@ -242,7 +242,7 @@ def test_without_names_what_others_trained_is_left_out_where_its_file_is_not_her
     assert f"theirs: left out, {tmp_path / 'theirs.pth'} is not here" in said and "[1/1] ours: done" in said
     (tmp_path / "theirs.pth").touch()
     assert reproduce.reproduce_bare([], notebooks=tmp_path / "notebooks") == 0
-    assert "theirs: done" in capsys.readouterr().out
+    assert "[2/2] theirs: done" in capsys.readouterr().out
 
 
 def test_without_names_what_has_no_data_here_is_left_out_unless_it_was_asked_for(tmp_path, capsys, monkeypatch):
